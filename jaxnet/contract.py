@@ -1,0 +1,80 @@
+"""The one contract of the library: ``loss(params, batch) -> scalar``.
+
+The value is the mean over the batch's N examples of losses that do not see one another. Everything that
+takes a loss checks its arguments here, at trace time, so that a second call with new values costs nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Array: TypeAlias = jax.Array
+ArrayTree: TypeAlias = chex.ArrayTree
+Loss: TypeAlias = Callable[[Any, Any], Array]
+
+
+def num_examples(batch: ArrayTree) -> int:
+    """The length N of the leading axis that all leaves of ``batch`` share.
+
+    Raises:
+      ValueError: the batch has no leaf, a leaf is a scalar, the lengths differ, or N is 0.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    if not leaves:
+        raise ValueError("batch: expected a pytree of arrays with a leading axis of examples, got no array")
+    lengths = {}
+    for path, leaf in leaves:
+        name = f"batch{jax.tree_util.keystr(path)}"
+        if jnp.ndim(leaf) == 0:
+            raise ValueError(f"{name}: expected a leading axis of examples, got a scalar")
+        lengths[name] = jnp.shape(leaf)[0]
+    if len(set(lengths.values())) > 1:
+        listing = ", ".join(f"{name} has {n}" for name, n in lengths.items())
+        raise ValueError(f"batch: its leaves must share one leading axis, got {listing}")
+    n = next(iter(lengths.values()))
+    if n == 0:
+        raise ValueError("batch: expected at least one example, got an empty leading axis")
+    return n
+
+
+def check_params(params: ArrayTree) -> None:
+    """Raise unless ``params`` is a non-empty pytree of real floating arrays (None leaves pass).
+
+    Raises:
+      TypeError: a leaf is not a real floating array.
+      ValueError: there is no leaf.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params: expected a pytree of floating arrays, got one without any leaf")
+    for path, leaf in leaves:
+        name = f"params{jax.tree_util.keystr(path)}"
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:
+            raise TypeError(f"{name}: expected a floating array, got {type(leaf).__name__}") from None
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: expected a floating array, got {dtype}; keep what is not trained out of params"
+            )
+
+
+def check(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int:
+    """Raise unless the three fit the contract; return N.
+
+    Raises:
+      TypeError, ValueError: see `check_params` and `num_examples`; or the loss is not one real scalar.
+    """
+    check_params(params)
+    n = num_examples(batch)
+    value = jax.eval_shape(loss, params, batch)
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        raise ValueError(f"loss: expected one scalar, got {jax.tree.structure(value)}")
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            f"loss: expected a real scalar, the mean over the batch, got shape {value.shape} of {value.dtype}"
+        )
+    return n

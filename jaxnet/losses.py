@@ -1,0 +1,155 @@
+"""Criteria, one value an example, and the mean that makes a loss of them.
+
+Each criterion maps outputs and targets of N examples to N values; where an example has further axes
+(positions of a sequence), `softmax_cross_entropy` averages over them and the others sum.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxnet.contract import Array, ArrayTree
+
+Criterion = Callable[[Array, Array], Array]
+Apply = Callable[..., Array]
+
+
+def _same_shape(name: str, output: Array, target: Array) -> None:
+    # (N, 1) against (N,) would broadcast to (N, N): the classic silent error.
+    if jnp.shape(output) != jnp.shape(target):
+        raise ValueError(
+            f"{name}: output and target must have the same shape, got {jnp.shape(output)} and {jnp.shape(target)}"
+        )
+    if jnp.ndim(output) == 0:
+        raise ValueError(f"{name}: expected a leading axis of examples, got scalars")
+
+
+def _sum_of_example(values: Array) -> Array:
+    return values.reshape(values.shape[0], math.prod(values.shape[1:])).sum(axis=1)
+
+
+def squared_error(output: Array, target: Array) -> Array:
+    """½‖o − t‖² of each example.
+
+    Args:
+      output: (N, ...) outputs o.
+      target: (N, ...) targets t, of the same shape.
+
+    Returns:
+      (N,) values, in squared units of the target.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    _same_shape("squared_error", output, target)
+    return _sum_of_example(optax.losses.l2_loss(output, target))
+
+
+def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
+    """−Σ_c t_c log softmax(z)_c of each example, in nats, finite for any finite logits.
+
+    Args:
+      logits: (N, ..., C) unnormalised log-probabilities z.
+      labels: integers (N, ...) in 0…C−1, or probabilities (N, ..., C).
+
+    Returns:
+      (N,) values, averaged over any axes between the first and the last. A label outside 0…C−1 gives NaN
+      (and a NaN gradient), never the value of another class.
+
+    Raises:
+      ValueError: the shapes do not fit, or integer labels have the logits' shape.
+    """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    if jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == bool:
+        if logits.ndim < 2 or labels.shape != logits.shape[:-1]:
+            raise ValueError(
+                "softmax_cross_entropy: integer labels must have the logits' shape without its last axis, "
+                f"got logits {logits.shape} and labels {labels.shape}"
+            )
+        labels = labels.astype(jnp.int32)
+        values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+        known = (labels >= 0) & (labels < logits.shape[-1])
+        values = values * jnp.where(known, 1.0, jnp.nan).astype(values.dtype)
+    else:
+        _same_shape("softmax_cross_entropy", logits, labels)
+        values = optax.losses.softmax_cross_entropy(logits, labels)
+    return values.reshape(values.shape[0], -1).mean(axis=1)
+
+
+def sigmoid_cross_entropy(logits: Array, labels: Array) -> Array:
+    """−[y log p + (1 − y) log(1 − p)] with p = 1/(1 + e^−z), in nats, finite for any finite logits.
+
+    Args:
+      logits: (N, ...) log-odds z.
+      labels: (N, ...) probabilities y in [0, 1], of the same shape.
+
+    Returns:
+      (N,) values, summed over further axes.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    _same_shape("sigmoid_cross_entropy", logits, labels)
+    return _sum_of_example(optax.losses.sigmoid_binary_cross_entropy(logits, labels))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanLoss:
+    """(1/N) Σ_n criterion(apply(params, x_n), t_n): hashable, so that equal losses share one compilation.
+
+    A batch is ``(inputs, targets)``, or ``(inputs, targets, keys)`` with one `jax.random.key` an example for
+    networks that are random in training (dropout): then each example draws its own noise.
+    """
+
+    apply: Apply
+    criterion: Criterion
+
+    def outputs(self, params: ArrayTree, batch: Any) -> Array:
+        """The network's outputs on ``batch``, (N, ...)."""
+        if len(batch) == 2:
+            return self.apply(params, batch[0])
+        inputs, _, keys = batch
+        one = lambda x, key: self.apply(params, x[None], key=key)[0]
+        return jax.vmap(one)(inputs, keys)
+
+    def __call__(self, params: ArrayTree, batch: Any) -> Array:
+        """The mean over the batch's N examples, a scalar."""
+        return jnp.mean(self.criterion(self.outputs(params, batch), batch[1]))
+
+
+def mean_loss(apply: Apply, criterion: Criterion) -> MeanLoss:
+    """The library's contract from a network and a criterion: ``loss(params, (inputs, targets)) -> scalar``.
+
+    Args:
+      apply: ``apply(params, inputs) -> outputs``, over a batch; ``key=`` too if the batch carries keys.
+      criterion: ``criterion(outputs, targets) -> (N,)``, such as `softmax_cross_entropy`.
+
+    Returns:
+      A frozen, hashable callable that keeps its two parts as ``.apply`` and ``.criterion``.
+    """
+    return MeanLoss(apply, criterion)
+
+
+def accuracy(apply: Apply, params: ArrayTree, batch: Any) -> Array:
+    """The share of examples whose largest output is at the label, a scalar in [0, 1].
+
+    Args:
+      apply: ``apply(params, inputs) -> (N, C)`` outputs.
+      params: the network's parameters.
+      batch: ``(inputs, labels)``, labels integers (N,) or one-hot (N, C).
+
+    Raises:
+      ValueError: the outputs have no axis of classes.
+    """
+    inputs, labels = batch[:2]
+    outputs = apply(params, inputs)
+    if outputs.ndim != 2:
+        raise ValueError(f"accuracy: expected outputs of shape (N, C), got {outputs.shape}")
+    if labels.ndim == 2:
+        labels = labels.argmax(axis=1)
+    return jnp.mean(outputs.argmax(axis=1) == labels)
