@@ -1,0 +1,174 @@
+"""Learning rates in closed form."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.curvature import hessian
+from jaxnet.per_example import gradients
+
+
+def optimal(largest: Array | float, smallest: Array | float | None = None) -> Array:
+    """η_opt = 1/λ_max; or 2/(λ_max + λ_min), the best constant rate on a quadratic, where both ends are known.
+
+    Args:
+      largest: λ_max, in units of the loss over params squared.
+      smallest: λ_min, if known.
+
+    Returns:
+      The rate; inf for zero curvature, NaN where the curvature is negative and no rate follows from it.
+
+    Reference:
+      LeCun et al., "Efficient BackProp", 1998, eqs. 21 and 33.
+    """
+    curvature = jnp.asarray(largest) if smallest is None else (jnp.asarray(largest) + smallest) / 2
+    return _inverse(curvature)
+
+
+def maximal(sharpness: Array | float, *, momentum: float = 0.0, nesterov: bool = False) -> Array:
+    """The rate beyond which gradient descent diverges along the sharpest direction of a quadratic.
+
+    2/λ without momentum; (2 + 2β)/λ for the heavy ball; (2 + 2β)/((1 + 2β)λ) for Nesterov.
+
+    Args:
+      sharpness: λ_max.
+      momentum: β in [0, 1), as `optax.sgd` means it.
+      nesterov: which of the two.
+
+    Returns:
+      The rate; inf for zero curvature, NaN where it is negative.
+
+    Raises:
+      ValueError: the momentum is not in [0, 1).
+
+    Reference:
+      Cohen et al., "Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability", 2021, eq. 1.
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
+    factor = (2 + 2 * momentum) / (1 + 2 * momentum if nesterov else 1)
+    return factor * _inverse(jnp.asarray(sharpness))
+
+
+def _inverse(curvature: Array) -> Array:
+    curvature = curvature.astype(jnp.promote_types(curvature.dtype, jnp.float32))
+    return jnp.where(curvature < 0, jnp.nan, 1 / jnp.abs(curvature))
+
+
+def greedy(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Array:
+    """η = g·g / g·Hg, which minimises the quadratic model of the loss along its own gradient g.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``.
+      params: the point.
+      batch: the examples.
+
+    Returns:
+      The rate; NaN where g·Hg is negative.
+
+    Reference:
+      McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, eq. 2.5 (ε_max).
+    """
+    squared, curved = _greedy_parts(loss, params, batch)
+    return squared * _inverse(curved)
+
+
+@jax.jit(static_argnames="loss")
+def _greedy_parts(loss: Loss, params: ArrayTree, batch: ArrayTree) -> tuple[Array, Array]:
+    gradient = jax.grad(loss)(params, batch)
+    product = hessian(loss, params, batch)(gradient)
+    return optax.tree.norm(gradient, squared=True), optax.tree.vdot(gradient, product)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoisyCurvature:
+    """What one step of SGD sees of curvature: on average E falls by η|g|² − ½η²(g·Hg + tr(HΣ)/B).
+
+    Attributes:
+      gradient_squared: |g|².
+      along_gradient: g·Hg.
+      along_noise: tr(HΣ), with the covariance Σ of the examples' gradients.
+      standard_error: of ``along_noise``, over its probes.
+    """
+
+    gradient_squared: Array
+    along_gradient: Array
+    along_noise: Array
+    standard_error: Array
+
+    @property
+    def greedy(self) -> Array:
+        """ε_max = |g|²/g·Hg, the best rate for a step without noise."""
+        return self.gradient_squared * _inverse(self.along_gradient)
+
+    @property
+    def noise_scale(self) -> Array:
+        """B_noise = tr(HΣ)/g·Hg."""
+        return self.along_noise / self.along_gradient
+
+
+@jax.jit(static_argnames=("loss", "num_probes"))
+def noisy_curvature(
+    loss: Loss, params: ArrayTree, batch: ArrayTree, *, key: Array, num_probes: int = 32
+) -> NoisyCurvature:
+    """g·g, g·Hg and tr(HΣ) at a point, without N Hessian products.
+
+    A probe is u = Σ_n z_n (g_n − ḡ)/√(N − 1) with random signs z: its covariance is Σ, so u·Hu averages to tr(HΣ).
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
+      params: the point.
+      batch: N >= 2 examples.
+      key: a `jax.random.key` for the signs.
+      num_probes: how many u to average over.
+
+    Returns:
+      A `NoisyCurvature`.
+
+    Raises:
+      ValueError: N is 1, which shows no noise.
+
+    Reference:
+      McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, eqs. 2.7 and 2.8.
+    """
+    grads = gradients(loss, params, batch)
+    n = grads.num_examples
+    if n < 2:
+        raise ValueError("batch: the gradient's noise needs 2 examples or more, got 1")
+    op, mean = hessian(loss, params, batch), grads.mean()
+
+    def probe(key: Array) -> Array:
+        signs = jax.random.rademacher(key, (n,), dtype=jnp.result_type(float))
+        # Σ z_n (g_n − ḡ) is one weighted sum: the mean's share moves into the weights.
+        u = grads.weighted_sum((signs - signs.mean()) / jnp.sqrt(n - 1.0))
+        return optax.tree.vdot(u, op(u))
+
+    values = jax.lax.map(probe, jax.random.split(key, num_probes))
+    return NoisyCurvature(
+        gradient_squared=optax.tree.norm(mean, squared=True),
+        along_gradient=optax.tree.vdot(mean, op(mean)),
+        along_noise=values.mean(),
+        standard_error=values.std(ddof=1) / num_probes**0.5,
+    )
+
+
+def for_batch_size(rate: Array | float, noise_scale: Array | float, batch_size: Array | int) -> Array:
+    """η(B) = ε_max/(1 + B_noise/B): proportional to B for small batches, ε_max for large ones.
+
+    Args:
+      rate: ε_max, the best rate without noise.
+      noise_scale: B_noise, in examples; see `noisy_curvature`.
+      batch_size: B >= 1, or several.
+
+    Returns:
+      The rate for each B; NaN where ``rate`` or ``noise_scale`` is NaN, or the noise is negative.
+
+    Reference:
+      McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, eq. 2.6.
+    """
+    noise_scale = jnp.asarray(noise_scale)
+    return jnp.where(noise_scale < 0, jnp.nan, rate / (1 + noise_scale / jnp.asarray(batch_size)))

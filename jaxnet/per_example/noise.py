@@ -1,0 +1,83 @@
+"""How noisy a mini-batch's gradient is, measured from the gradients of single examples."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxnet import contract
+from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.per_example.gradients import gradients
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoiseScale:
+    """The gradient's noise against its size.
+
+    Attributes:
+      value: B_simple = S/|G|², the batch size at which a mini-batch's noise is as large as the gradient.
+      standard_error: of ``value``, by the delete-one jackknife.
+      trace: S = Σ|g_n − ḡ|²/(N − 1), the trace of the examples' covariance.
+      gradient_squared: |G|² = |ḡ|² − S/N, unbiased for the distribution that the examples were drawn from; it
+        can come out negative.
+      mean_squared: |ḡ|², exact for these examples.
+      resolved: whether |G|² is above twice its own standard error; otherwise ``value`` means nothing.
+    """
+
+    value: Array
+    standard_error: Array
+    trace: Array
+    gradient_squared: Array
+    mean_squared: Array
+    resolved: Array
+
+
+def noise_scale(loss: Loss, params: ArrayTree, batch: ArrayTree) -> NoiseScale:
+    """B_simple = S/|G|²: a ratio of two unbiased averages over the examples.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
+      params: the point at which the gradients are taken.
+      batch: N >= 3 examples, a sample of the distribution meant.
+
+    Returns:
+      A `NoiseScale`, with its standard error.
+
+    Raises:
+      ValueError: N is below 3, too few for a spread and its error.
+
+    Reference:
+      McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training", 2018, eqs. 2.9 and A.2.
+    """
+    n = contract.num_examples(batch)
+    if n < 3:
+        raise ValueError(f"batch: the noise scale needs 3 examples or more, got {n}: one alone shows no noise")
+    return _noise_scale(loss, params, batch)
+
+
+@jax.jit(static_argnames="loss")
+def _noise_scale(loss: Loss, params: ArrayTree, batch: ArrayTree) -> NoiseScale:
+    grads = gradients(loss, params, batch)
+    n, mean = grads.num_examples, grads.mean()
+    squares, along = jnp.square(grads.norms()), grads.vdot(mean)
+    mean_squared = optax.tree.norm(mean, squared=True)
+
+    def estimates(total: Array, square_of_mean: Array, count: int) -> tuple[Array, Array]:
+        trace = (total - count * square_of_mean) / (count - 1)
+        return trace, square_of_mean - trace / count
+
+    trace, gradient_squared = estimates(squares.sum(), mean_squared, n)
+    # The same two numbers with each example left out in turn, in closed form.
+    mean_without = (n**2 * mean_squared - 2 * n * along + squares) / (n - 1) ** 2
+    trace_without, squared_without = estimates(squares.sum() - squares, mean_without, n - 1)
+    deviation = lambda x: jnp.sqrt((n - 1) / n * jnp.square(x - x.mean()).sum())
+    return NoiseScale(
+        value=trace / gradient_squared,
+        standard_error=deviation(trace_without / squared_without),
+        trace=trace,
+        gradient_squared=gradient_squared,
+        mean_squared=mean_squared,
+        resolved=gradient_squared > 2 * deviation(squared_without),
+    )
