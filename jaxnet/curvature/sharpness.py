@@ -115,6 +115,8 @@ def _upper_bound(theta: Array, alpha: Array, beta: Array, steps: Array, share: f
 
     unit = jnp.maximum(jnp.abs(theta), jnp.max(jnp.abs(beta))) * jnp.finfo(theta.dtype).eps
     unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, jnp.finfo(theta.dtype).tiny)
+    # A bound below θ is disproved: the start's share was of the unlucky δ. Then assume a hundredth of what θ leaves.
+    target = jnp.maximum(target, jnp.where(log_sum(theta) >= target, log_sum(theta) + jnp.log(100.0), target))
     too_low = lambda width: (log_sum(theta + width) < target) & jnp.isfinite(theta + width)
     width = lax.while_loop(too_low, double, unit)
 

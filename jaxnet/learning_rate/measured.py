@@ -14,7 +14,8 @@ from jaxnet.contract import Array, ArrayTree, Loss
 # the last, what negative curvature makes of rounding errors stays small.
 _FROM, _TO = 4, 12
 _FILTER_STEPS = 100
-_DISTANCE = 1e-4
+# Of the start from ω₀, relative, in units of √(rounding), where truncation and rounding errors meet.
+_DISTANCE = 0.3
 
 
 @jax.tree_util.register_dataclass
@@ -118,6 +119,7 @@ def _ladder(
     gradient = jax.grad(loss)
     at_start = gradient(params, batch)
     size = jnp.maximum(optax.tree.norm(params), 1)
+    distance = _DISTANCE * jnp.finfo(rates.dtype).eps ** 0.5
     middle = jnp.exp(jnp.mean(jnp.log(rates)))
 
     def tilted(d: ArrayTree) -> ArrayTree:
@@ -125,7 +127,7 @@ def _ladder(
         return optax.tree.sub(gradient(moved, batch), at_start)
 
     def resized(d: ArrayTree) -> ArrayTree:
-        return optax.tree.scale(_DISTANCE * size / optax.tree.norm(d), d)
+        return optax.tree.scale(distance * size / optax.tree.norm(d), d)
 
     def filtered(key: Array) -> ArrayTree:
         ascend = lambda _, d: resized(jax.tree.map(lambda x, g: x + middle / 2 * g, d, tilted(d)))

@@ -1,0 +1,306 @@
+"""The main job: what should the learning rate be, and does training agree?"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxnet import learning_rate, losses, record, training
+from jaxnet.contract import Array
+from jaxnet.curvature import sharpness
+from jaxnet.data.orders import check_batch_size
+from jaxnet.experiments.task import Task, TaskConfig, known, make_task
+from jaxnet.learning_rate import Analysis, Ladder
+from jaxnet.record import Claim, Line, Panel, Record, Series
+
+MOMENTUM = 0.9
+OPTIMIZERS = ("sgd", "momentum", "nesterov")
+# Rates of the ladder, in units of the predicted limit 2/λ_max, from .35 to 4.
+STEPS_OF_LADDER = 2.0 ** np.arange(-1.5, 2.01, 0.25)
+# A ladder on more examples than this takes minutes on a CPU; then it, and the λ_max it is held against, take fewer.
+LADDER_EXAMPLES = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalyseConfig(TaskConfig):
+    """Derive the learning rate of a task from its curvature and noise, and hold it against training."""
+
+    batch_size: int = 32
+    """B of the mini-batch run."""
+    optimizer: str = "sgd"
+    """What the three runs train with: sgd, momentum or nesterov (β = 0.9)."""
+    num_epochs: int = 30
+    """Epochs of each of the three runs: equal numbers of example gradients."""
+    seed: int = 0
+    """Of the initial parameters, the data's order and the random probes."""
+    dtype: str = "float32"
+    """float32 or float64."""
+
+
+Progress = Callable[[str, float], None]
+"""Called with a stage in words and the share of the whole job done."""
+
+
+def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None) -> Iterator[Record]:
+    """The job's record, growing: one yield after each stage, so that an interrupted job keeps what it has.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError: before the first yield, if the configuration does not hold together.
+    """
+    known("optimizer", config.optimizer, OPTIMIZERS)
+    known("dtype", config.dtype, ("float32", "float64"))
+    keys = jax.random.split(jax.random.key(config.seed), 5)
+    progress("loading data", 0.0)
+    task = make_task(config, key=keys[0])
+    check_batch_size(config.batch_size, len(task.train[1]))
+    if config.num_epochs < 1:
+        raise ValueError(f"num_epochs: expected 1 or more, got {config.num_epochs}")
+    progress("λ_max and the gradient's noise", 0.05)
+    analysis = learning_rate.analyse(task.loss, task.params, task.train, key=keys[1])
+    found = Record(
+        name="analyse",
+        question=f"What should the learning rate be? {task.words}, {task.num_params} parameters, N = {len(task.train[1])}",
+        config=dataclasses.asdict(config),
+        seed=config.seed,
+        dtype=str(jnp.result_type(*jax.tree.leaves(task.params))),
+        measurements=_of_analysis(analysis),
+        rows=analysis.rows(),
+    )
+    yield found
+
+    runs: list[Run] = []
+    for number, (name, batch_size) in enumerate(
+        [("full batch", None), (f"mini-batch, B = {config.batch_size}", config.batch_size), ("stochastic, B = 1", 1)]
+    ):
+        share = lambda done, number=number: progress(f"training, {name}", 0.15 + 0.2 * (number + done))
+        runs.append(_train(config, task, analysis, name, batch_size, keys[2], share))
+        yield _with_runs(found, runs)
+    found = _with_runs(found, runs)
+
+    progress("ladder of rates", 0.8)
+    yield _with_ladder(found, task, analysis, keys[3:])
+    progress("done", 1.0)
+
+
+def _of_analysis(analysis: Analysis) -> dict[str, Any]:
+    s = analysis.sharpness
+    return {
+        "sharpness": {
+            "value": s.value,
+            "residual_norm": s.residual_norm,
+            "upper_bound": s.upper_bound,
+            "num_matvecs": s.num_matvecs,
+            "converged": s.converged,
+        },
+        "rates": {
+            "optimal": analysis.optimal,
+            "maximal": analysis.maximal,
+            "safe_maximal": analysis.safe_maximal,
+            "greedy": analysis.curvature.greedy,
+        },
+        "noise": dataclasses.asdict(analysis.noise),
+        "curvature": {**dataclasses.asdict(analysis.curvature), "noise_scale": analysis.curvature.noise_scale},
+        "num_examples": analysis.num_examples,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One of the three runs, with λ_max along it; entries from epoch 0 on."""
+
+    name: str
+    batch_size: int | None
+    rate: float
+    epoch: np.ndarray
+    loss: np.ndarray
+    test_loss: np.ndarray
+    accuracy: float
+    sharpness: np.ndarray
+    num_matvecs: np.ndarray
+    stopped: str
+    diverged: bool
+
+
+def _train(
+    config: AnalyseConfig,
+    task: Task,
+    analysis: Analysis,
+    name: str,
+    batch_size: int | None,
+    key: Array,
+    share: Callable[[float], None],
+) -> Run:
+    plain = config.optimizer == "sgd"
+    maker = optax.sgd if plain else _with_momentum(config.optimizer == "nesterov")
+    # Momentum sums the last 1/(1 − β) steps: the same rate a step of displacement needs 1 − β of it.
+    rate = float(analysis.rate(batch_size)) * (1 if plain else 1 - MOMENTUM)
+    seen = [sharpness(task.loss, task.params, task.train, key=key, v0=analysis.sharpness.vector)]
+
+    def follow(progress: training.FitProgress) -> None:
+        share(progress.epoch / progress.num_epochs)
+        seen.append(sharpness(task.loss, progress.state.params, task.train, key=key, v0=seen[-1].vector))
+
+    result = training.fit(
+        task.loss,
+        task.params,
+        task.train,
+        maker,
+        learning_rate=rate,
+        batch_size=batch_size,
+        num_epochs=config.num_epochs,
+        key=key,
+        validation=task.test,
+        metrics={"loss": task.loss},
+        observers=[follow],
+    )
+    first = lambda batch: float(task.loss(task.params, batch)) if batch is not None else np.nan
+    history = result.history
+    held_out = history.validation.get("loss", np.full(len(history.epoch), np.nan))
+    accuracy = np.nan
+    if task.labelled and task.test is not None:
+        labels = (task.test[0], task.test[1])
+        accuracy = float(losses.accuracy(task.loss.apply, result.state.params, labels))
+    return Run(
+        name=name,
+        batch_size=batch_size,
+        rate=rate,
+        epoch=np.append(0, history.epoch),
+        loss=np.append(first(task.train), history.metrics["loss"]),
+        test_loss=np.append(first(task.test), held_out),
+        accuracy=accuracy,
+        sharpness=np.array([float(s.value) for s in seen]),
+        num_matvecs=np.array([int(s.num_matvecs) for s in seen]),
+        stopped=str(result.stopped),
+        diverged=result.stopped.reason == "diverged",
+    )
+
+
+def _with_momentum(nesterov: bool) -> Callable[[Any], optax.GradientTransformation]:
+    return NESTEROV if nesterov else HEAVY_BALL
+
+
+def HEAVY_BALL(rate: Any) -> optax.GradientTransformation:  # noqa: N802 - makers, one object each, so that fits share a compilation
+    """Gradient descent with heavy-ball momentum."""
+    return optax.sgd(rate, momentum=MOMENTUM)
+
+
+def NESTEROV(rate: Any) -> optax.GradientTransformation:  # noqa: N802
+    """Gradient descent with Nesterov momentum."""
+    return optax.sgd(rate, momentum=MOMENTUM, nesterov=True)
+
+
+def _with_runs(found: Record, runs: list[Run]) -> Record:
+    rows, claims = [*found.rows], []
+    for run in runs:
+        end = f", test accuracy {run.accuracy:.3f}" if np.isfinite(run.accuracy) else ""
+        rows.append((f"η, {run.name}", run.rate, f"loss {run.loss[0]:.3g} to {run.loss[-1]:.3g}{end}; {run.stopped}"))
+        claims.append(record.below(f"{run.name}: trains at its derived rate", run.loss[0], run.loss[-1]))
+    measurements = {**found.measurements, "runs": [dataclasses.asdict(run) for run in runs]}
+    panels = [_loss_panel(runs), _sharpness_panel(runs, found.config)]
+    return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels)
+
+
+def _loss_panel(runs: list[Run]) -> Panel:
+    series = []
+    for colour, run in enumerate(runs):
+        series.append(Series(f"{run.name}, η = {run.rate:.3g}", run.epoch, run.loss, "line", colour))
+        if np.isfinite(run.test_loss).any():
+            series.append(Series("  the same on test data", run.epoch, run.test_loss, "dashed", colour))
+    return Panel(
+        name="loss_against_epoch",
+        title="Three updates at the rates derived for them, on equal numbers of example gradients",
+        xlabel="epoch (each example's gradient once)",
+        ylabel="mean loss",
+        series=series,
+        yscale="log",
+    )
+
+
+def _sharpness_panel(runs: list[Run], config: Any) -> Panel:
+    momentum, nesterov = config["optimizer"] != "sgd", config["optimizer"] == "nesterov"
+    beta = MOMENTUM if momentum else 0.0
+    # maximal(λ) = c/λ, so c/η is the sharpness that a rate η still bears.
+    bearable = lambda rate: float(learning_rate.maximal(1.0, momentum=beta, nesterov=nesterov)) / rate
+    name = "2/η" if not momentum else "limit for η"
+    series = [Series(f"λ_max, {run.name}", run.epoch, run.sharpness, "line-points", c) for c, run in enumerate(runs)]
+    lines = [Line(f"{name} of {run.name}", bearable(run.rate), "y", c) for c, run in enumerate(runs)]
+    return Panel(
+        name="sharpness_along_training",
+        title="Sharpness along training, and the sharpness that each rate bears",
+        xlabel="epoch",
+        ylabel="λ_max of the full-batch Hessian",
+        series=series,
+        lines=lines,
+        yscale="log",
+    )
+
+
+def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> Record:
+    n = len(task.train[1])
+    batch, value = task.train, analysis.sharpness.value
+    if n > LADDER_EXAMPLES:
+        n = LADDER_EXAMPLES // 2
+        batch = jax.tree.map(lambda x: x[:n], batch)
+        value = sharpness(task.loss, task.params, batch, key=keys[0], tol=1e-4).value
+    predicted = float(learning_rate.maximal(value))
+    ladder = learning_rate.measure_limits(
+        task.loss, task.params, batch, predicted * STEPS_OF_LADDER, key=keys[1]
+    )
+    limit, error = float(ladder.limit), float(ladder.limit_error)
+    low, high = (float(x) for x in ladder.plain_bracket)
+    sampling = f"gradient descent on {n} examples"
+    rows = [
+        *found.rows,
+        ("η where ω₀ loses stability", limit, f"± {error:.1g}, measured: {sampling}; predicted {predicted:.5g}"),
+        ("η where plain training fails", high, f"measured: the first on the ladder, {low:.3g} still trains"),
+    ]
+    claims = [_stability_claim(predicted, limit), *found.claims]
+    measurements = {
+        **found.measurements,
+        "ladder": {**dataclasses.asdict(ladder), "predicted": predicted, "limit": limit, "limit_error": error},
+    }
+    panels = [*found.panels, *_ladder_panels(ladder, predicted)]
+    return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels)
+
+
+def _stability_claim(predicted: float, limit: float) -> Claim:
+    return record.within("loss of stability at ω₀ is at 2/λ_max", predicted, limit, 0.05)
+
+
+def _ladder_panels(ladder: Ladder, predicted: float) -> list[Panel]:
+    rates = np.asarray(ladder.rates)
+    lines = [Line("1/λ_max", predicted / 2), Line("2/λ_max", predicted)]
+    final = np.asarray(ladder.plain_loss)[:, -1]
+    # A run that overflowed has no final loss to draw; it failed, and its point stands at the top.
+    start = float(ladder.plain_loss[0, 0])
+    shown = np.where(np.isfinite(final), np.minimum(final, 100 * start), 100 * start)
+    steps = ladder.plain_loss.shape[1] - 1
+    measured = Line("measured loss of stability", float(ladder.limit))
+    return [
+        Panel(
+            name="loss_against_rate",
+            title=f"Full-batch gradient descent after {steps} steps, at each rate of the ladder",
+            xlabel="learning rate η",
+            ylabel="loss (clipped at 100 × the initial one)",
+            series=[Series(f"loss after {steps} steps", rates, shown, "line-points")],
+            lines=[*lines, measured, Line("initial loss", start, "y")],
+            xscale="log",
+            yscale="log",
+        ),
+        Panel(
+            name="stability_against_rate",
+            title="Growth of the oscillation about the fixed point ω₀, on the tilted loss",
+            xlabel="learning rate η",
+            ylabel="factor a step",
+            series=[
+                Series("measured, from gradients", rates, np.asarray(ladder.growth).mean(axis=0), "points"),
+                Series("predicted, ηλ_max − 1", rates, np.maximum(2 * rates / predicted - 1, 0), "line"),
+            ],
+            lines=[*lines, Line("neither grows nor dies", 1.0, "y")],
+            xscale="log",
+        ),
+    ]

@@ -1,0 +1,215 @@
+"""A task from words: data, network and criterion, put together as one loss with its params."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnet import data, losses, nn
+from jaxnet.contract import Array
+from jaxnet.losses import MeanLoss
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "softplus": jax.nn.softplus,
+}
+CRITERIA = {
+    "softmax_cross_entropy": losses.softmax_cross_entropy,
+    "squared_error": losses.squared_error,
+    "sigmoid_cross_entropy": losses.sigmoid_cross_entropy,
+}
+DATA = ("digits", "two-gaussians", "mnist1d", "mnist5k")
+MODELS = ("linear", "mlp", "lenet")
+
+
+def known(kind: str, name: str, names: Any) -> str:
+    """``name``, if it is one of ``names``.
+
+    Raises:
+      ValueError: it is not; the message lists them.
+    """
+    if name not in names:
+        raise ValueError(f"unknown {kind} {name!r}: known are {', '.join(names)}")
+    return name
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What is learned, and by which network."""
+
+    data: str = "digits"
+    """digits, two-gaussians, mnist1d, mnist5k, or the path of an .npz or .csv file."""
+    model: str = "mlp"
+    """linear, mlp or lenet."""
+    widths: tuple[int, ...] = (128, 128)
+    """Widths of the mlp's hidden layers."""
+    activation: str = "tanh"
+    """tanh, relu, gelu, sigmoid, silu or softplus."""
+    criterion: str = "auto"
+    """softmax_cross_entropy, squared_error, sigmoid_cross_entropy; auto: the first for class labels, else the second."""
+    inputs: str = "x"
+    """For an .npz file: the name of its array of inputs."""
+    targets: str = "y"
+    """For an .npz file: the name of its array of targets."""
+    target: str | None = None
+    """For a .csv file: the column of targets; by default the last."""
+    standardise: bool = True
+    """For a file: scale each input to mean 0 and variance 1 over the training examples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One loss, where it starts, and what it is a mean over.
+
+    Attributes:
+      loss: ``loss(params, batch)``.
+      params: the network's initial parameters.
+      train: ``(inputs, targets)`` to train on.
+      test: ``(inputs, targets)`` held out, or None where there are too few examples.
+      labelled: whether the targets are classes, so that `accuracy` means something.
+      words: what it is, for titles.
+    """
+
+    loss: MeanLoss
+    params: Any
+    train: tuple[Array, Array]
+    test: tuple[Array, Array] | None
+    labelled: bool
+    words: str
+
+    @property
+    def num_params(self) -> int:
+        """How many numbers the params hold."""
+        return sum(x.size for x in jax.tree.leaves(self.params))
+
+
+def make_task(config: TaskConfig, *, key: Array) -> Task:
+    """The task that ``config`` names; ``key`` draws the params, and the points of two-gaussians.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError: a name is unknown, a file or package is missing, or the parts do not
+        fit; in one line, with the mend.
+    """
+    known("model", config.model, MODELS)
+    activation = ACTIVATIONS[known("activation", config.activation, ACTIVATIONS)]
+    known("criterion", config.criterion, ("auto", *CRITERIA))
+    if any(width < 1 for width in config.widths):
+        raise ValueError(f"widths: expected positive numbers, got {config.widths}")
+    data_key, init_key = jax.random.split(key)
+    train, test = _load(config, data_key)
+    everything = train[1] if test is None else jnp.concatenate([train[1], test[1]])
+    criterion, fit_targets, num_outputs = _criterion(config, np.asarray(everything))
+    train, test = ((x, fit_targets(y)) for x, y in (train, test or train))
+    inputs_fit, network = _network(config, activation, train[0].shape[1:], num_outputs)
+    train, test = (inputs_fit(train[0]), train[1]), (inputs_fit(test[0]), test[1])
+    loss = losses.mean_loss(network.apply, CRITERIA[criterion])
+    params = network.init(init_key, train[0].shape[1:])
+    name = pathlib.Path(config.data).name
+    has_test = len(everything) > len(train[1])
+    words = f"{name}, {config.model}, {criterion.replace('_', ' ')}"
+    return Task(loss, params, train, test if has_test else None, num_outputs is not None, words)
+
+
+Pair = tuple[Array, Array]
+
+
+def _load(config: TaskConfig, key: Array) -> tuple[Pair, Pair | None]:
+    if config.data == "two-gaussians":
+        train_key, test_key = jax.random.split(key)
+        return data.two_gaussians(key=train_key), data.two_gaussians(key=test_key)
+    if config.data in DATA:
+        source = getattr(data, config.data)
+        return source("train"), source("test")
+    path = pathlib.Path(config.data)
+    if not path.suffix and not path.exists():
+        raise ValueError(f"unknown data {config.data!r}: known are {', '.join(DATA)}, or the path of an .npz or .csv file")
+    x, y = data.load(path, inputs=config.inputs, targets=config.targets, target=config.target)
+    n = len(x)
+    if n < 3:
+        raise ValueError(f"{path}: expected 3 examples or more, got {n}")
+    order = np.random.default_rng(0).permutation(n)
+    num_train = n if n < 10 else n * 4 // 5
+    train, test = order[:num_train], order[num_train:]
+    if config.standardise:
+        mean, scale = x[train].mean(axis=0), x[train].std(axis=0)
+        x = (x - mean) / jnp.where(scale > 0, scale, 1)
+    return (x[train], y[train]), ((x[test], y[test]) if test.size else None)
+
+
+def _criterion(
+    config: TaskConfig, targets: np.ndarray
+) -> tuple[str, Callable[[Array], Array], int | None]:
+    """The criterion's name, targets to its form, and the number of classes; None means one output, (N,)."""
+    whole = targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer)
+    signs = config.data == "two-gaussians"
+    criterion = config.criterion
+    if criterion == "auto":
+        criterion = "softmax_cross_entropy" if whole else "squared_error"
+    if criterion == "squared_error":
+        if whole and _classes(targets):
+            return criterion, lambda y: jax.nn.one_hot(y, targets.max() + 1, dtype=jnp.result_type(float)), targets.max() + 1
+        if targets.ndim != 1:
+            raise ValueError(f"targets: expected one number an example, got shape {targets.shape}")
+        return criterion, lambda y: y.astype(jnp.result_type(float)), None
+    if signs:
+        whole, targets = True, (targets > 0).astype(np.int32)
+    if not whole:
+        raise ValueError(f"{criterion} needs class labels, whole numbers from 0 on; use --criterion squared_error")
+    num_classes = _check_labels(targets)
+    label = (lambda y: (y > 0).astype(jnp.int32)) if signs else (lambda y: y)
+    if criterion == "softmax_cross_entropy":
+        return criterion, label, num_classes
+    if num_classes != 2:
+        raise ValueError(f"sigmoid_cross_entropy needs two classes, got {num_classes}; use softmax_cross_entropy")
+    return criterion, lambda y: label(y).astype(jnp.result_type(float)), None
+
+
+def _classes(targets: np.ndarray) -> bool:
+    found = np.unique(targets)
+    return len(found) > 1 and np.array_equal(found, np.arange(len(found)))
+
+
+def _check_labels(targets: np.ndarray) -> int:
+    found = np.unique(targets)
+    if len(found) < 2:
+        raise ValueError(f"targets: all {len(targets)} examples have the label {found[0]}; at least two classes are needed")
+    if not _classes(targets):
+        shown = ", ".join(map(str, found[:6])) + (", …" if len(found) > 6 else "")
+        raise ValueError(
+            f"targets: labels are out of range: expected 0…{len(found) - 1} for {len(found)} classes, got {shown}; "
+            "renumber them, or use --criterion squared_error for plain numbers"
+        )
+    return len(found)
+
+
+def _single_output(y: Array) -> Array:
+    return y[..., 0]
+
+
+def _network(
+    config: TaskConfig, activation: Callable[[Array], Array], shape: tuple[int, ...], num_outputs: int | None
+) -> tuple[Callable[[Array], Array], nn.Layer]:
+    """How inputs are reshaped, and the network on them."""
+    last = num_outputs or 1
+    squeeze = () if num_outputs else (nn.activation(_single_output),)
+    if config.model != "lenet":
+        widths = config.widths if config.model == "mlp" else ()
+        flatten = (nn.flatten(),) if len(shape) > 1 else ()
+        core = nn.mlp((*widths, last), activation=activation)
+        parts = (*flatten, core, *squeeze)
+        return lambda x: x, nn.serial(*parts) if len(parts) > 1 else core
+    image: Mapping[int, tuple[int, ...]] = {2: (*shape, 1), 3: shape}
+    target = (8, 8, 1) if config.data == "digits" else image.get(len(shape))
+    if target is None or min(target[:2]) < 8:
+        raise ValueError(f"lenet needs images of 8 × 8 pixels or more, got inputs of shape {shape}; use --model mlp")
+    kernel = 5 if min(target[:2]) >= 12 else 3
+    core = nn.lenet(last, kernel_size=kernel, activation=activation)
+    return lambda x: x.reshape(-1, *target), nn.serial(core, *squeeze) if squeeze else core

@@ -1,0 +1,123 @@
+"""All that curvature and noise say of the learning rate at a point, in one value."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnet import contract
+from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.curvature import Sharpness, sharpness
+from jaxnet.learning_rate.rates import NoisyCurvature, for_batch_size, maximal, noisy_curvature, optimal
+from jaxnet.per_example import NoiseScale, noise_scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What the loss's curvature and its gradient's noise say of the learning rate.
+
+    Attributes:
+      sharpness: λ_max of the full-batch Hessian, certified.
+      noise: the gradient's noise scale, from per-example gradients.
+      curvature: g·g, g·Hg and tr(HΣ).
+      num_examples: N.
+    """
+
+    sharpness: Sharpness
+    noise: NoiseScale
+    curvature: NoisyCurvature
+    num_examples: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def optimal(self) -> Array:
+        """η_opt = 1/λ_max."""
+        return optimal(self.sharpness.value)
+
+    @property
+    def maximal(self) -> Array:
+        """η_max = 2/λ_max from the eigenvalue found, which is never above the true one: the optimistic limit."""
+        return maximal(self.sharpness.value)
+
+    @property
+    def safe_maximal(self) -> Array:
+        """2 over the upper bound of λ_max: the limit that holds with the bound's probability."""
+        return maximal(self.sharpness.upper_bound)
+
+    def rate(self, batch_size: int | None) -> Array:
+        """η(B) = min(1/λ_max, ε_max)/(1 + B_noise/B), the rate to train at; None is the full batch's 1/λ_max.
+
+        McCandlish's ε_max is best for one step along the gradient, and can lie beyond 2/λ_max, where a run of steps is
+        unstable: for a run, 1/λ_max caps it.
+        """
+        if batch_size is None:
+            return self.optimal
+        # Where g·Hg is negative there is no greedy rate, and the cap alone decides.
+        largest = jnp.fmin(self.optimal, self.curvature.greedy)
+        return for_batch_size(largest, self._noise_in_examples, batch_size)
+
+    @property
+    def _noise_in_examples(self) -> Array:
+        # tr(HΣ) and g·Hg need positive curvature to be a noise scale; S/|ḡ|² always is one.
+        hessian_scale = self.curvature.noise_scale
+        usable = (self.curvature.along_gradient > 0) & (self.curvature.along_noise > 0)
+        return jnp.where(usable, hessian_scale, self.noise.trace / self.noise.mean_squared)
+
+    def rows(self) -> list[tuple[str, Any, str]]:
+        """The lines of its table: (quantity, value, remark)."""
+        s = self.sharpness
+        verdict = "converged" if s.converged else "NOT converged"
+        # The standard error's relation to the value says how many of its digits mean something.
+        simple = "|G|² resolved" if self.noise.resolved else "|G|² not resolved: no figure"
+        return [
+            ("λ_max", float(s.value), f"{verdict}, {int(s.num_matvecs)} products, residual {float(s.residual_norm):.1e}"),
+            ("λ_max, upper bound", float(s.upper_bound), "certified, for a random start"),
+            ("η_opt = 1/λ_max", float(self.optimal), "full batch, optimal"),
+            ("η_max = 2/λ_max", float(self.maximal), "full batch, limit of stability"),
+            ("η_max, safe", float(self.safe_maximal), "2 / upper bound"),
+            ("ε_max = g·g/g·Hg", float(self.curvature.greedy), "best single step along the gradient"),
+            ("B_simple = S/|G|²", float(self.noise.value), f"± {float(self.noise.standard_error):.2g}, {simple}"),
+            ("B_noise = tr(HΣ)/g·Hg", float(self.curvature.noise_scale), "noise scale weighted by curvature"),
+        ]
+
+    def __str__(self) -> str:
+        """The table as plain text."""
+        return "\n".join(f"{name:24} {value:12.5g}  {remark}" for name, value, remark in self.rows())
+
+
+def analyse(
+    loss: Loss, params: ArrayTree, batch: ArrayTree, *, key: Array, tol: float = 1e-3, num_probes: int = 32
+) -> Analysis:
+    """The learning rates that curvature and noise allow at ``params``.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
+      params: the point.
+      batch: N >= 3 examples.
+      key: a `jax.random.key` for start vectors and probes.
+      tol: relative accuracy of λ_max.
+      num_probes: random probes for tr(HΣ).
+
+    Returns:
+      An `Analysis`; printed, it is a table.
+
+    Raises:
+      TypeError, ValueError: the arguments do not fit the contract; the loss or its curvature is not finite; or there
+        is no positive curvature, so that no rate follows from it.
+    """
+    n = contract.num_examples(batch)
+    curvature_key, probe_key = jax.random.split(key)
+    sharp = sharpness(loss, params, batch, key=curvature_key, tol=tol)
+    value = float(sharp.value)
+    if not jnp.isfinite(sharp.value):
+        raise ValueError(
+            "loss: its Hessian is not finite at these params; look for NaN or overflow in params, batch or loss"
+        )
+    if value <= 0:
+        raise ValueError(
+            f"loss: its largest Hessian eigenvalue is {value:.3g}, not positive, so no rate follows from it; "
+            "is the loss flat or concave at these params?"
+        )
+    noise = noise_scale(loss, params, batch)
+    return Analysis(sharp, noise, noisy_curvature(loss, params, batch, key=probe_key, num_probes=num_probes), n)

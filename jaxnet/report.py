@@ -1,0 +1,60 @@
+"""Records to tables on a terminal and files in a folder."""
+
+import pathlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from jaxnet import plots
+from jaxnet.record import Record
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def tables(record: Record) -> "list[Table]":
+    """The record's rows, and its claims with their verdicts, as rich tables."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    found = []
+    if record.rows:
+        table = Table("quantity", "value", "remark", title=record.question, box=SIMPLE_HEAD, title_justify="left")
+        table.columns[1].justify = "right"
+        for name, value, remark in record.rows:
+            table.add_row(name, _number(value), remark)
+        found.append(table)
+    if record.claims:
+        title = None if found else record.question
+        table = Table(
+            "claim", "predicted", "measured", "bound", "verdict", title=title, box=SIMPLE_HEAD, title_justify="left"
+        )
+        for column in table.columns[1:3]:
+            column.justify = "right"
+        for claim in record.claims:
+            verdict = "[green]pass[/]" if claim.passed else "[bold red]MISS[/]"
+            table.add_row(claim.name, _number(claim.predicted), _number(claim.measured), claim.tolerance, verdict)
+        found.append(table)
+    return found
+
+
+def _number(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def write(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
+    """``record.json`` and one PNG a panel; each file appears whole or not at all. Returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "record.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(record.to_json() + "\n", encoding="utf-8")
+    partial.replace(path)
+    return [path, *_write_figures(record, folder)]
+
+
+def _write_figures(record: Record, folder: pathlib.Path) -> Iterable[pathlib.Path]:
+    for name, figure in plots.draw(record).items():
+        path = folder / f"{name}.png"
+        partial = path.with_suffix(".partial")
+        figure.savefig(partial, format="png")
+        partial.replace(path)
+        yield path
