@@ -38,6 +38,7 @@ def draw(record: Record | Sequence[Panel]) -> dict[str, "Figure"]:
 
 def _draw_panel(panel: Panel) -> "Figure":
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -62,6 +63,12 @@ def _draw_panel(panel: Panel) -> "Figure":
             line.value, color=colour, linestyle=dash, linewidth=1.1, label=line.label
         )
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.xscale, yscale=panel.yscale)
+    for axis, scale, values in ((axes.xaxis, panel.xscale, axes.get_xlim()), (axes.yaxis, panel.yscale, axes.get_ylim())):
+        # Within two decades the powers of ten alone leave a log axis almost bare.
+        if scale == "log" and values[1] < 100 * values[0]:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
     axes.set_title(panel.title, fontsize=10.5, loc="left")
     axes.grid(visible=True, which="major", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)

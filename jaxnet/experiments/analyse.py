@@ -1,6 +1,7 @@
 """The main job: what should the learning rate be, and does training agree?"""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,9 +19,13 @@ from jaxnet.learning_rate import Analysis, Ladder
 from jaxnet.record import Claim, Line, Panel, Record, Series
 
 MOMENTUM = 0.9
-OPTIMIZERS = ("sgd", "momentum", "nesterov")
-# Rates of the ladder, in units of the predicted limit 2/λ_max, from .35 to 4.
-STEPS_OF_LADDER = 2.0 ** np.arange(-1.5, 2.01, 0.25)
+OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=MOMENTUM),
+    "nesterov": functools.partial(optax.sgd, momentum=MOMENTUM, nesterov=True),
+}
+# Rates of the ladder, in units of the predicted limit 2/λ_max: from .35 to 8, closer together around 1.
+STEPS_OF_LADDER = 2.0 ** np.unique(np.concatenate([np.arange(-1.5, 3.01, 0.25), np.arange(-0.5, 0.51, 0.125)]))
 # A ladder on more examples than this takes minutes on a CPU; then it, and the λ_max it is held against, take fewer.
 LADDER_EXAMPLES = 2000
 
@@ -134,10 +139,8 @@ def _train(
     key: Array,
     share: Callable[[float], None],
 ) -> Run:
-    plain = config.optimizer == "sgd"
-    maker = optax.sgd if plain else _with_momentum(config.optimizer == "nesterov")
     # Momentum sums the last 1/(1 − β) steps: the same rate a step of displacement needs 1 − β of it.
-    rate = float(analysis.rate(batch_size)) * (1 if plain else 1 - MOMENTUM)
+    rate = float(analysis.rate(batch_size)) * (1 if config.optimizer == "sgd" else 1 - MOMENTUM)
     seen = [sharpness(task.loss, task.params, task.train, key=key, v0=analysis.sharpness.vector)]
 
     def follow(progress: training.FitProgress) -> None:
@@ -148,7 +151,7 @@ def _train(
         task.loss,
         task.params,
         task.train,
-        maker,
+        OPTIMIZERS[config.optimizer],
         learning_rate=rate,
         batch_size=batch_size,
         num_epochs=config.num_epochs,
@@ -177,20 +180,6 @@ def _train(
         stopped=str(result.stopped),
         diverged=result.stopped.reason == "diverged",
     )
-
-
-def _with_momentum(nesterov: bool) -> Callable[[Any], optax.GradientTransformation]:
-    return NESTEROV if nesterov else HEAVY_BALL
-
-
-def HEAVY_BALL(rate: Any) -> optax.GradientTransformation:  # noqa: N802 - makers, one object each, so that fits share a compilation
-    """Gradient descent with heavy-ball momentum."""
-    return optax.sgd(rate, momentum=MOMENTUM)
-
-
-def NESTEROV(rate: Any) -> optax.GradientTransformation:  # noqa: N802
-    """Gradient descent with Nesterov momentum."""
-    return optax.sgd(rate, momentum=MOMENTUM, nesterov=True)
 
 
 def _with_runs(found: Record, runs: list[Run]) -> Record:
@@ -251,12 +240,12 @@ def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> 
         task.loss, task.params, batch, predicted * STEPS_OF_LADDER, key=keys[1]
     )
     limit, error = float(ladder.limit), float(ladder.limit_error)
-    low, high = (float(x) for x in ladder.plain_bracket)
+    high = float(ladder.plain_bracket[1])
     sampling = f"gradient descent on {n} examples"
     rows = [
         *found.rows,
         ("η where ω₀ loses stability", limit, f"± {error:.1g}, measured: {sampling}; predicted {predicted:.5g}"),
-        ("η where plain training fails", high, f"measured: the first on the ladder, {low:.3g} still trains"),
+        ("η where plain training fails", high, _of_plain_training(ladder)),
     ]
     claims = [_stability_claim(predicted, limit), *found.claims]
     measurements = {
@@ -265,6 +254,13 @@ def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> 
     }
     panels = [*found.panels, *_ladder_panels(ladder, predicted)]
     return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels)
+
+
+def _of_plain_training(ladder: Ladder) -> str:
+    low, high = (float(x) for x in ladder.plain_bracket)
+    if np.isnan(high):
+        return f"measured: no rate of the ladder fails, up to {low:.3g}"
+    return f"measured: the first on the ladder; {low:.3g} still trains"
 
 
 def _stability_claim(predicted: float, limit: float) -> Claim:
@@ -280,6 +276,8 @@ def _ladder_panels(ladder: Ladder, predicted: float) -> list[Panel]:
     shown = np.where(np.isfinite(final), np.minimum(final, 100 * start), 100 * start)
     steps = ladder.plain_loss.shape[1] - 1
     measured = Line("measured loss of stability", float(ladder.limit))
+    growth = np.asarray(ladder.growth).mean(axis=0)
+    near = (rates > 0.5 * predicted) & (rates < 1.6 * predicted)
     return [
         Panel(
             name="loss_against_rate",
@@ -297,10 +295,9 @@ def _ladder_panels(ladder: Ladder, predicted: float) -> list[Panel]:
             xlabel="learning rate η",
             ylabel="factor a step",
             series=[
-                Series("measured, from gradients", rates, np.asarray(ladder.growth).mean(axis=0), "points"),
-                Series("predicted, ηλ_max − 1", rates, np.maximum(2 * rates / predicted - 1, 0), "line"),
+                Series("measured, from gradients", rates[near], growth[near], "points"),
+                Series("predicted, ηλ_max − 1", rates[near], 2 * rates[near] / predicted - 1, "line"),
             ],
-            lines=[*lines, Line("neither grows nor dies", 1.0, "y")],
-            xscale="log",
+            lines=[*lines[1:], Line("neither grows nor dies", 1.0, "y")],
         ),
     ]

@@ -1,0 +1,47 @@
+"""The experiments by name."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from jaxnet.experiments import backprop, inference, one_dimension, one_epoch, overfitting, two_gaussians
+from jaxnet.experiments.task import known
+from jaxnet.record import Record
+
+_MODULES = (inference, backprop, one_dimension, two_gaussians, one_epoch, overfitting)
+_BY_NAME = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
+
+
+def names() -> list[str]:
+    """The experiments' names, in the order of the lectures."""
+    return list(_BY_NAME)
+
+
+def question(name: str) -> str:
+    """What an experiment asks, in a sentence.
+
+    Raises:
+      ValueError: the name is unknown.
+    """
+    return _BY_NAME[known("experiment", name, _BY_NAME)].QUESTION
+
+
+def run(name: str, *, seed: int = 0, **config: Any) -> Record:
+    """Run an experiment.
+
+    Args:
+      name: one of `names`.
+      seed: of all its randomness.
+      **config: its own options, as its ``run`` names them.
+
+    Returns:
+      Its `Record`: measurements, claims with their verdicts, and panels to draw.
+
+    Raises:
+      ValueError: the name or an option is unknown.
+    """
+    function: Callable[..., Record] = _BY_NAME[known("experiment", name, _BY_NAME)].run
+    options = [option for option in inspect.signature(function).parameters if option != "seed"]
+    for option in config:
+        known(f"option of experiment {name}", option, options)
+    return function(seed=seed, **config)
