@@ -54,6 +54,9 @@ def load(
 
 
 def _load_npz(path: pathlib.Path, inputs: str, targets: str) -> tuple[np.ndarray, np.ndarray]:
+    unreadable = f"{path}: not a readable .npz archive; write it with numpy.savez"
+    if not zipfile.is_zipfile(path):
+        raise ValueError(unreadable)
     try:
         with np.load(path, allow_pickle=False) as archive:
             known = ", ".join(archive.files) or "none"
@@ -62,7 +65,7 @@ def _load_npz(path: pathlib.Path, inputs: str, targets: str) -> tuple[np.ndarray
                     raise ValueError(f"{path}: no array named {name!r}; it holds {known}")
             x, y = archive[inputs], archive[targets]
     except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable .npz archive; write it with numpy.savez") from error
+        raise ValueError(unreadable) from error
     except ValueError as error:
         if "pickle" in str(error):
             raise ValueError(f"{path}: holds Python objects; save plain numeric arrays") from error

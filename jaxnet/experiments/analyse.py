@@ -38,6 +38,8 @@ class AnalyseConfig(TaskConfig):
     """B of the mini-batch run."""
     optimizer: str = "sgd"
     """What the three runs train with: sgd, momentum or nesterov (β = 0.9)."""
+    learning_rate: float | None = None
+    """A rate of your own for the full-batch run, in place of 1/λ_max."""
     num_epochs: int = 30
     """Epochs of each of the three runs: equal numbers of example gradients."""
     seed: int = 0
@@ -64,6 +66,9 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
     check_batch_size(config.batch_size, len(task.train[1]))
     if config.num_epochs < 1:
         raise ValueError(f"num_epochs: expected 1 or more, got {config.num_epochs}")
+    own = config.learning_rate
+    if own is not None and not 0 < own < np.inf:
+        raise ValueError(f"learning_rate: expected positive and finite, got {own}")
     progress("λ_max and the gradient's noise", 0.05)
     analysis = learning_rate.analyse(task.loss, task.params, task.train, key=keys[1])
     found = Record(
@@ -141,6 +146,8 @@ def _train(
 ) -> Run:
     # Momentum sums the last 1/(1 − β) steps: the same rate a step of displacement needs 1 − β of it.
     rate = float(analysis.rate(batch_size)) * (1 if config.optimizer == "sgd" else 1 - MOMENTUM)
+    if batch_size is None and config.learning_rate is not None:
+        rate = config.learning_rate
     seen = [sharpness(task.loss, task.params, task.train, key=key, v0=analysis.sharpness.vector)]
 
     def follow(progress: training.FitProgress) -> None:
@@ -187,7 +194,7 @@ def _with_runs(found: Record, runs: list[Run]) -> Record:
     for run in runs:
         end = f", test accuracy {run.accuracy:.3f}" if np.isfinite(run.accuracy) else ""
         rows.append((f"η, {run.name}", run.rate, f"loss {run.loss[0]:.3g} to {run.loss[-1]:.3g}{end}; {run.stopped}"))
-        claims.append(record.below(f"{run.name}: trains at its derived rate", run.loss[0], run.loss[-1]))
+        claims.append(record.below(f"{run.name}: trains at its rate", run.loss[0], run.loss[-1]))
     measurements = {**found.measurements, "runs": [dataclasses.asdict(run) for run in runs]}
     panels = [_loss_panel(runs), _sharpness_panel(runs, found.config)]
     return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels)

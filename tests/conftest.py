@@ -1,0 +1,22 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxnet import losses, nn
+
+
+@pytest.fixture
+def x64():
+    """Double precision for one test, without flipping the process's configuration."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def mlp_problem(x64):
+    """A small tanh network with softmax cross-entropy, in float64: loss, params, batch of 12."""
+    model = nn.mlp([6, 4], activation=jnp.tanh)
+    params = model.init(jax.random.key(0), (5,))
+    keys = jax.random.split(jax.random.key(1), 2)
+    batch = (jax.random.normal(keys[0], (12, 5)), jax.random.randint(keys[1], (12,), 0, 4))
+    return losses.mean_loss(model.apply, losses.softmax_cross_entropy), params, batch

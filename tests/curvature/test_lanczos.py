@@ -1,0 +1,74 @@
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnet.curvature import lanczos
+
+
+def flat(basis):
+    return np.concatenate([np.asarray(x).reshape(len(x), -1) for x in jax.tree.leaves(basis)], axis=1)
+
+
+def matrix(seed, n):
+    a = np.random.default_rng(seed).normal(size=(n, n))
+    return jnp.asarray(a + a.T)
+
+
+def split(v):
+    return {"a": v[:2], "b": v[2:].reshape(-1, 1)}
+
+
+def join(tree):
+    return jnp.concatenate([tree["a"], tree["b"].reshape(-1)])
+
+
+def run(a, num_steps, room, key=0):
+    start = split(jax.random.normal(jax.random.key(key), (len(a),)))
+    state = lanczos.init(start, room, jax.random.key(1))
+    for _ in range(num_steps):
+        state = lanczos.step(lambda v: split(a @ join(v)), state)
+    return state
+
+
+@hypothesis.settings(deadline=None, max_examples=10)
+@hypothesis.given(st.integers(0, 2**31), st.integers(4, 12))
+def test_the_defining_identity(seed, n):
+    """A Qᵀ = Qᵀ T + β q eₖᵀ, with orthonormal rows in Q."""
+    with jax.enable_x64(True):
+        a, k = matrix(seed, n), n - 1
+        state = run(a, k, k)
+        q, t = flat(state.basis), np.asarray(state.projected)
+        np.testing.assert_allclose(q @ q.T, np.eye(k + 1), atol=1e-12)
+        residual = np.zeros((n, k))
+        residual[:, -1] = float(state.beta) * q[k]
+        np.testing.assert_allclose(a @ q[:k].T, q[:k].T @ t + residual, atol=1e-11)
+
+
+def test_the_identity_survives_a_restart(x64):
+    a = matrix(0, 30)
+    state = run(a, 10, 10)
+    kept = jnp.array([9, 8, 7, 0])
+    state = lanczos.restart(state, lanczos.ritz(state), kept)
+    for _ in range(6):
+        state = lanczos.step(lambda v: split(a @ join(v)), state)
+    q, t = flat(state.basis), np.asarray(state.projected)
+    np.testing.assert_allclose(q @ q.T, np.eye(11), atol=1e-12)
+    residual = np.zeros((30, 10))
+    residual[:, -1] = float(state.beta) * q[10]
+    np.testing.assert_allclose(a @ q[:10].T, q[:10].T @ t + residual, atol=1e-11)
+
+
+def test_a_breakdown_goes_on_in_a_new_direction(x64):
+    a = jnp.diag(jnp.array([3.0, 3, 3, 1, 1]))  # two distinct values: every Krylov space has two dimensions
+    state = run(a, 5, 5)
+    np.testing.assert_allclose(flat(state.basis)[:5] @ flat(state.basis)[:5].T, np.eye(5), atol=1e-12)
+    np.testing.assert_allclose(np.linalg.eigvalsh(state.projected), [1, 1, 3, 3, 3], atol=1e-12)
+
+
+def test_norms_neither_overflow_nor_underflow():
+    for scale in (1e-30, 1.0, 1e30):
+        v = {"a": jnp.full(4, scale, jnp.float32), "b": jnp.zeros((0, 2))}
+        np.testing.assert_allclose(lanczos.norm(v), 2 * scale, rtol=1e-6)
+    assert lanczos.norm({"a": jnp.zeros(3)}) == 0

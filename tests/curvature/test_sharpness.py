@@ -1,0 +1,99 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnet import curvature, data, losses, nn
+
+KEY = jax.random.key(2)
+
+
+def diagonal_loss(params, batch):
+    """½ Σ d_i w_i²: its Hessian is diag(d)."""
+    return 0.5 * jnp.vdot(batch.mean(axis=0), params**2)
+
+
+def test_two_gaussians_have_their_exact_sharpness(x64):
+    batch = data.two_gaussians_exact()
+    neuron = nn.linear_neuron()
+    params = neuron.init(KEY, (2,))
+    loss = losses.mean_loss(neuron.apply, losses.squared_error)
+    found = curvature.sharpness(loss, params, batch, key=KEY, tol=1e-10)
+    np.testing.assert_allclose(found.value, 1.0, rtol=1e-12)
+    np.testing.assert_allclose(abs(found.vector["bias"]), 1.0, rtol=1e-6)
+    assert found.upper_bound >= found.value
+    assert int(found.num_matvecs) == 3
+
+
+def test_a_product_of_two_weights_has_the_known_sharpness(x64):
+    loss = lambda p, batch: jnp.mean(0.5 * (p["u"] * p["v"] - batch) ** 2)
+    params = {"u": jnp.array(2.0), "v": jnp.array(0.5)}
+    found = curvature.sharpness(loss, params, jnp.ones(3), key=KEY)
+    np.testing.assert_allclose(found.value, 4.25, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "spectrum",
+    [
+        np.append(np.linspace(-1, 1, 400), 1.3),
+        np.append(np.random.default_rng(0).normal(size=500) * 0.05, [1.0, 0.8, 0.5]),
+        np.linspace(0.5, 1, 300),
+    ],
+    ids=["gap", "network-like", "uniform"],
+)
+def test_the_upper_bound_holds_in_its_promised_share(spectrum):
+    """300 random starts, δ = .05: 95 % within three standard errors of a coin of that bias."""
+    batch, top = jnp.asarray(spectrum, jnp.float32)[None], spectrum.max()
+    params = jnp.zeros(len(spectrum))
+    one = lambda key: curvature.sharpness(diagonal_loss, params, batch, key=key, max_matvecs=8).upper_bound
+    bounds = np.asarray(jax.lax.map(one, jax.random.split(KEY, 300)))
+    assert (bounds >= top * (1 - 1e-5)).mean() > 0.95 - 3 * (0.05 * 0.95 / 300) ** 0.5
+    assert np.median(bounds) < 1.5 * top
+
+
+def test_converged_is_honest():
+    spectrum = np.append(np.random.default_rng(0).normal(size=500) * 0.05, [1.0, 0.97, 0.5])
+    batch, params = jnp.asarray(spectrum, jnp.float32)[None], jnp.zeros(503)
+    one = lambda key: curvature.sharpness(diagonal_loss, params, batch, key=key)
+    found = jax.lax.map(lambda key: (one(key).value, one(key).converged), jax.random.split(KEY, 300))
+    values, converged = map(np.asarray, found)
+    assert converged.all()
+    assert (np.abs(values - 1) <= 1e-3).mean() >= 0.99
+
+
+def test_a_warm_start_has_no_certificate():
+    batch, params = jnp.linspace(0, 1, 50)[None], jnp.zeros(50)
+    cold = curvature.sharpness(diagonal_loss, params, batch, key=KEY)
+    warm = curvature.sharpness(diagonal_loss, params, batch, key=KEY, v0=cold.vector)
+    assert np.isfinite(cold.upper_bound)
+    assert np.isnan(warm.upper_bound)
+    assert int(warm.num_matvecs) < int(cold.num_matvecs)
+
+
+def test_flat_and_broken_losses_come_back_as_data():
+    flat = curvature.sharpness(lambda p, b: 0 * p.sum() * b.mean(), jnp.ones(5), jnp.ones(2), key=KEY)
+    assert flat.value == 0
+    assert bool(flat.converged)
+    broken = curvature.sharpness(diagonal_loss, jnp.zeros(5), jnp.full((1, 5), jnp.nan), key=KEY)
+    assert np.isnan(broken.value)
+    assert np.isnan(broken.upper_bound)
+    assert not bool(broken.converged)
+
+
+def test_a_second_call_with_new_params_and_batch_traces_nothing():
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(diagonal_loss, n=3)
+    loss = lambda p, b: counted(p, b)
+    for scale in (1.0, 2.0, 3.0):
+        found = curvature.sharpness(loss, scale * jnp.ones(30), scale * jnp.linspace(0, 1, 30)[None], key=KEY)
+        np.testing.assert_allclose(found.value, scale, rtol=2e-3)
+        chex.clear_trace_counter() if scale == 1.0 else None
+        counted_after_first = scale == 1.0
+    assert not counted_after_first
+
+
+def test_bad_arguments():
+    for probability in (0.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="failure_probability"):
+            curvature.sharpness(diagonal_loss, jnp.ones(3), jnp.ones((1, 3)), key=KEY, failure_probability=probability)

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from jaxnet import data
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_csv_reads_the_target_column(tmp_path):
+    path = write(tmp_path / "a.csv", "a,b,c\n1,2,0\n3,4.5,1\n")
+    x, y = data.load(path)
+    np.testing.assert_array_equal(x, [[1, 2], [3, 4.5]])
+    np.testing.assert_array_equal(y, [0, 1])
+    assert y.dtype == np.int32
+    x, y = data.load(str(path), target="b")
+    np.testing.assert_array_equal(x, [[1, 0], [3, 1]])
+    assert y.dtype == np.float32
+
+
+def test_npz_reads_named_arrays(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, x=np.ones((3, 2)), y=np.array([0.5, 1, 2]), images=np.ones((3, 4, 4), np.uint8), labels=np.arange(3))
+    x, y = data.load(path)
+    assert x.shape == (3, 2)
+    assert y.dtype == np.float32
+    x, y = data.load(path, inputs="images", targets="labels")
+    assert x.shape == (3, 4, 4)
+    assert y.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a,b\n1,x\n", "column 'b' is not numeric: 'x' in row 1; drop or encode"),
+        ("a,b\n1,\n", "column 'b' is not numeric: ''"),
+        ("a,b\n1,2\n3\n", "row 2 has 1 values, its header 2"),
+        ("a,b\n1,2\nnan,4\n", "inputs hold NaN or infinity in 1 of 2 rows, the first is row 2"),
+        ("a,b\n1,inf\n", "targets hold NaN"),
+        ("a\n1\n", "two or more columns"),
+        ("a,b\n", "rows below it"),
+        ("", "two or more columns"),
+        ("1,2\n3,4\n", "begin with a header line"),
+    ],
+)
+def test_malformed_csv(tmp_path, text, words):
+    with pytest.raises(ValueError, match=words):
+        data.load(write(tmp_path / "a.csv", text))
+
+
+def test_other_malformed_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        data.load(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match=".npz or .csv"):
+        data.load(write(tmp_path / "a.txt", "a"))
+    with pytest.raises(ValueError, match="not a readable .npz"):
+        data.load(write(tmp_path / "a.npz", "not a zip"))
+    with pytest.raises(ValueError, match="UTF-8"):
+        (tmp_path / "b.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
+        data.load(tmp_path / "b.csv")
+    with pytest.raises(ValueError, match="no column named 'z'; it has a, b"):
+        data.load(write(tmp_path / "a.csv", "a,b\n1,2\n"), target="z")
+    np.savez(tmp_path / "a.npz", x=np.ones((3, 2)), y=np.ones(2), words=np.array(["a", "b", "c"]))
+    with pytest.raises(ValueError, match=r"shapes \(3, 2\) and \(2,\)"):
+        data.load(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="no array named 'z'; it holds x, y, words"):
+        data.load(tmp_path / "a.npz", targets="z")
+    with pytest.raises(ValueError, match="'words' is not numeric"):
+        data.load(tmp_path / "a.npz", targets="words")
+    np.savez(tmp_path / "o.npz", x=np.array([{}, {}]), y=np.ones(2))
+    with pytest.raises(ValueError, match="Python objects"):
+        data.load(tmp_path / "o.npz")

@@ -1,0 +1,105 @@
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from jaxnet import losses, nn
+
+
+def logits_and_labels(seed, n, c):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, c)) * 5, rng.integers(0, c, n)
+
+
+@hypothesis.settings(deadline=None, max_examples=15)
+@hypothesis.given(st.integers(0, 2**31), st.integers(1, 5), st.integers(2, 6))
+def test_softmax_cross_entropy_is_the_written_sum(seed, n, c):
+    z, y = logits_and_labels(seed, n, c)
+    written = -scipy.special.log_softmax(z, axis=1)[np.arange(n), y]
+    np.testing.assert_allclose(losses.softmax_cross_entropy(jnp.asarray(z), jnp.asarray(y)), written, rtol=2e-5, atol=2e-6)
+    one_hot = jnp.asarray(np.eye(c)[y])
+    np.testing.assert_allclose(losses.softmax_cross_entropy(jnp.asarray(z), one_hot), written, rtol=2e-5, atol=2e-6)
+
+
+def test_cross_entropy_in_bits_of_two_four_and_eight_classes():
+    for c, bits in ((1, 0), (2, 1), (4, 2), (8, 3)):
+        value = losses.softmax_cross_entropy(jnp.zeros((1, c)), jnp.zeros(1, jnp.int32))[0] / np.log(2)
+        np.testing.assert_allclose(value, bits, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 100])
+def test_a_label_out_of_range_is_nan_and_not_another_class(bad):
+    loss = lambda z: losses.softmax_cross_entropy(z, jnp.array([0, bad])).mean()
+    z = jnp.zeros((2, 3))
+    each = losses.softmax_cross_entropy(z, jnp.array([0, bad]))
+    assert np.isfinite(each[0])
+    assert np.isnan(each[1])
+    assert np.isnan(jax.grad(loss)(z)[1]).all()
+
+
+def test_sigmoid_cross_entropy_is_the_lectures_formula_and_finite_at_the_ends():
+    z, y = jnp.array([-3.0, 0.2, 4.0]), jnp.array([0.0, 1.0, 1.0])
+    p = 1 / (1 + np.exp(-np.asarray(z, np.float64)))
+    written = -(y * np.log(p) + (1 - y) * np.log(1 - p))
+    np.testing.assert_allclose(losses.sigmoid_cross_entropy(z, y), written, rtol=1e-5)
+    extreme = lambda z: losses.sigmoid_cross_entropy(z, jnp.array([0.0, 1.0, 0.0, 1.0])).mean()
+    value, grad = jax.value_and_grad(extreme)(jnp.array([-500.0, -500.0, 500.0, 500.0]))
+    np.testing.assert_allclose(value, 250.0)
+    assert np.isfinite(grad).all()
+
+
+def test_squared_error_sums_over_the_example():
+    o, t = jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.array([[0.0, 0.0], [3.0, 4.0]])
+    np.testing.assert_allclose(losses.squared_error(o, t), [2.5, 12.5])
+    np.testing.assert_allclose(losses.squared_error(o[:, 0], t[:, 0]), [0.5, 4.5])
+
+
+@pytest.mark.parametrize("criterion", [losses.squared_error, losses.sigmoid_cross_entropy, losses.softmax_cross_entropy])
+def test_no_silent_broadcast(criterion):
+    with pytest.raises(ValueError, match=criterion.__name__):
+        criterion(jnp.ones((4, 1)), jnp.ones(4))
+    with pytest.raises(ValueError, match=criterion.__name__):
+        criterion(jnp.float32(1.0), jnp.float32(1.0))
+
+
+def test_positions_of_a_sequence_are_averaged():
+    z, y = jax.random.normal(jax.random.key(0), (2, 5, 3)), jnp.array([[0, 1, 2, 0, 1], [2, 2, 2, 0, 0]])
+    rows = [losses.softmax_cross_entropy(z[n], y[n]).mean() for n in range(2)]
+    np.testing.assert_allclose(losses.softmax_cross_entropy(z, y), jnp.stack(rows), rtol=1e-6)
+
+
+def test_equal_losses_share_one_compilation():
+    make = lambda: losses.mean_loss(nn.mlp([3, 2]).apply, losses.squared_error)
+    assert make() == make()
+    assert hash(make()) == hash(make())
+    batch = (jnp.ones((4, 3)), jnp.ones((4, 2)))
+    params = nn.mlp([3, 2]).init(jax.random.key(0), (3,))
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(lambda loss, p, b: loss(p, b), n=1), static_argnums=0)
+    step(make(), params, batch)
+    step(make(), params, batch)
+
+
+def test_dropout_draws_for_each_example_from_the_batchs_keys():
+    model = nn.serial(nn.dense(50), nn.dropout(0.5), nn.dense(1))
+    params = model.init(jax.random.key(0), (3,))
+    loss = losses.mean_loss(model.apply, losses.squared_error)
+    inputs, targets, keys = jnp.ones((2, 3)), jnp.zeros((2, 1)), jax.random.split(jax.random.key(1), 2)
+    out = loss.outputs(params, (inputs, targets, keys))
+    assert out[0] != out[1]
+    alone = loss.outputs(params, (inputs[1:], targets[1:], keys[1:]))
+    np.testing.assert_allclose(out[1:], alone, rtol=1e-6)
+    np.testing.assert_allclose(loss(params, (inputs, targets)), loss(params, (inputs, targets)))
+
+
+def test_accuracy_counts_hits():
+    apply = lambda params, x: x
+    z = jnp.array([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]])
+    np.testing.assert_allclose(losses.accuracy(apply, None, (z, jnp.array([0, 1, 1]))), 2 / 3)
+    np.testing.assert_allclose(losses.accuracy(apply, None, (z, jax.nn.one_hot(jnp.array([0, 1, 1]), 2))), 2 / 3)
+    with pytest.raises(ValueError, match=r"\(N, C\)"):
+        losses.accuracy(apply, None, (z[:, 0], jnp.array([0, 1, 1])))
