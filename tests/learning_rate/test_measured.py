@@ -1,0 +1,52 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnet import data, learning_rate, losses, nn
+
+KEY = jax.random.key(0)
+LADDER = 2.0 ** np.arange(-1.5, 2.01, 0.25)
+
+
+def quadratic(params, batch):
+    return jnp.mean(0.5 * (batch @ params) ** 2)
+
+
+def test_on_a_quadratic_both_limits_are_two_over_lambda():
+    batch = jnp.diag(jnp.sqrt(jnp.array([5.0, 4.0, 1.0, 0.1]) * 4))  # Hessian diag(5, 4, 1, .1)
+    ladder = learning_rate.measure_limits(quadratic, jnp.ones(4), batch, 0.4 * LADDER, key=KEY)
+    np.testing.assert_allclose(ladder.limits, 0.4, rtol=5e-3)
+    assert ladder.limit_error < 2e-3
+    # Plainly it fails beyond the same limit, within the ladder's spacing.
+    assert ladder.plain_bracket[0] <= 0.4 * (1 + 1e-6)
+    assert 0.4 < ladder.plain_bracket[1] < 0.4 * 2**0.26
+
+
+def test_a_network_with_negative_curvature_is_measured_at_its_sharpness():
+    inputs, labels = jax.tree.map(lambda x: x[:200], data.digits())
+    model = nn.mlp([16, 10])
+    params = model.init(KEY, (64,))
+    loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
+    with jax.enable_x64(True):
+        flat, unravel = jax.flatten_util.ravel_pytree(jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params))
+        batch64 = (jnp.asarray(inputs, jnp.float64), labels)
+        values = np.linalg.eigvalsh(jax.jit(jax.hessian(lambda w: loss(unravel(w), batch64)))(flat))
+    assert values[0] < -0.3 * values[-1]
+    ladder = learning_rate.measure_limits(loss, params, (inputs, labels), 2 / values[-1] * LADDER, key=KEY)
+    np.testing.assert_allclose(ladder.limit, 2 / values[-1], rtol=0.03)
+    assert ladder.growth.shape == (3, len(LADDER))
+
+
+def test_a_ladder_that_does_not_hold_the_limit_says_nan():
+    batch = jnp.eye(4)
+    ladder = learning_rate.measure_limits(quadratic, jnp.ones(4), batch, [0.1, 0.2, 0.3], key=KEY)
+    assert np.isnan(ladder.limits).all()
+    np.testing.assert_allclose(ladder.plain_bracket[0], 0.3)
+    assert np.isnan(ladder.plain_bracket[1])
+
+
+@pytest.mark.parametrize("rates", [[0.1, 0.2], [0.2, 0.1, 0.3], [0.0, 0.1, 0.2], [0.1, 0.2, float("inf")], 0.1])
+def test_bad_ladders(rates):
+    with pytest.raises(ValueError, match="rates: expected"):
+        learning_rate.measure_limits(quadratic, jnp.ones(4), jnp.eye(4), rates, key=KEY)

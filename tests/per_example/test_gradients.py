@@ -1,0 +1,84 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from jaxnet import data, losses, nn, per_example
+
+
+@pytest.fixture(params=["mlp", "conv", "many examples"])
+def problem(request, x64):
+    """Loss, params, batch; the last has more examples than are held at once, and a remainder."""
+    key = jax.random.key(0)
+    if request.param == "conv":
+        model = nn.serial(nn.conv(2, 3), nn.activation(jnp.tanh), nn.avg_pool(2), nn.flatten(), nn.dense(3))
+        shape, n = (6, 6, 1), 7
+    else:
+        model, shape, n = nn.mlp([5, 3]), (4,), 9 if request.param == "mlp" else 150
+    params = model.init(key, shape)
+    batch = (jax.random.normal(key, (n, *shape)), jax.random.randint(key, (n,), 0, 3))
+    return losses.mean_loss(model.apply, losses.softmax_cross_entropy), params, batch
+
+
+@pytest.fixture
+def rows(problem):
+    """The definition, as a plain loop: one row an example."""
+    loss, params, batch = problem
+    gradient = jax.jit(jax.grad(loss))
+    return np.stack(
+        [ravel_pytree(gradient(params, jax.tree.map(lambda x: x[n : n + 1], batch)))[0] for n in range(len(batch[1]))]
+    )
+
+
+def flat(tree):
+    return np.asarray(ravel_pytree(tree)[0])
+
+
+def test_every_method_against_the_definition(problem, rows):
+    loss, params, batch = problem
+    grads = per_example.gradients(loss, params, batch)
+    close = lambda got, expected: np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-13)
+    n = len(rows)
+    close(flat(grads.mean()), rows.mean(axis=0))
+    close(grads.norms(), np.linalg.norm(rows, axis=1))
+    close(flat(grads.second_moment()), (rows**2).mean(axis=0))
+    close(flat(grads.variance()), rows.var(axis=0, ddof=1))
+    close(grads.gram(), rows @ rows.T)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=n))
+    close(flat(grads.weighted_sum(weights)), weights @ rows)
+    v = optax.tree.random_like(jax.random.key(1), params, jax.random.normal)
+    close(grads.vdot(v), rows @ flat(v))
+    close(grads.cosine(v), rows @ flat(v) / np.linalg.norm(rows, axis=1) / np.linalg.norm(flat(v)))
+    bound = float(np.median(np.linalg.norm(rows, axis=1)))
+    factors = np.minimum(1, bound / np.linalg.norm(rows, axis=1))
+    close(flat(grads.clipped_mean(bound)), (factors[:, None] * rows).mean(axis=0))
+    dense = grads.dense()
+    close(np.concatenate([x.reshape(n, -1) for x in jax.tree.leaves(dense)], axis=1), rows)
+
+
+def test_methods_cross_jit(problem):
+    loss, params, batch = problem
+    grads = per_example.gradients(loss, params, batch)
+    chex.assert_trees_all_close(jax.jit(lambda g: (g.mean(), g.norms()))(grads), (grads.mean(), grads.norms()), rtol=1e-9)
+
+
+def test_bad_arguments(mlp_problem):
+    loss, params, batch = mlp_problem
+    grads = per_example.gradients(loss, params, batch)
+    with pytest.raises(ValueError, match=r"shape \(12,\)"):
+        grads.weighted_sum(jnp.ones(5))
+    with pytest.raises(ValueError, match="two examples"):
+        per_example.gradients(loss, params, jax.tree.map(lambda x: x[:1], batch)).variance()
+
+
+def test_dropout_keys_of_a_batch_are_each_examples_own(x64):
+    model = nn.serial(nn.dense(6), nn.dropout(0.5), nn.dense(3))
+    params = model.init(jax.random.key(0), (4,))
+    batch = data.with_keys(jax.random.key(1), (jnp.ones((5, 4)), jnp.zeros(5, jnp.int32)))
+    loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
+    grads = per_example.gradients(loss, params, batch)
+    assert len(np.unique(np.asarray(grads.norms()).round(9))) == 5
+    np.testing.assert_allclose(flat(grads.mean()), flat(jax.grad(loss)(params, batch)), rtol=1e-9)

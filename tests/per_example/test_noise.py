@@ -1,0 +1,53 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnet import per_example
+
+
+def linear(params, batch):
+    """Its examples' gradients are the rows of the batch."""
+    return jnp.mean(batch @ params)
+
+
+def written(rows):
+    n, mean = len(rows), rows.mean(axis=0)
+    trace = ((rows - mean) ** 2).sum() / (n - 1)
+    return trace, mean @ mean - trace / n
+
+
+def test_against_the_formula_and_a_jackknife_written_out(x64):
+    rows = np.random.default_rng(0).normal(size=(40, 6)) + 0.8
+    found = per_example.noise_scale(linear, jnp.zeros(6), jnp.asarray(rows))
+    trace, squared = written(rows)
+    np.testing.assert_allclose(found.trace, trace, rtol=1e-10)
+    np.testing.assert_allclose(found.gradient_squared, squared, rtol=1e-10)
+    np.testing.assert_allclose(found.mean_squared, np.sum(rows.mean(axis=0) ** 2), rtol=1e-10)
+    np.testing.assert_allclose(found.value, trace / squared, rtol=1e-10)
+    left_out = np.array([np.divide(*written(np.delete(rows, i, axis=0))) for i in range(40)])
+    jackknife = np.sqrt(39 / 40 * np.sum((left_out - left_out.mean()) ** 2))
+    np.testing.assert_allclose(found.standard_error, jackknife, rtol=1e-8)
+    assert bool(found.resolved)
+
+
+def test_it_is_unbiased_for_the_distribution_and_its_error_is_the_spread():
+    """Samples of 200 from a known normal: tr Σ = 5, |G|² = 5 · .25."""
+    draw = lambda key: 0.5 + jax.random.normal(key, (200, 5))
+    one = lambda key: per_example.noise_scale(linear, jnp.zeros(5), draw(key))
+    found = jax.lax.map(one, jax.random.split(jax.random.key(0), 400))
+    for values, truth in ((found.trace, 5.0), (found.gradient_squared, 1.25)):
+        error = float(values.std()) / 400**0.5
+        assert abs(float(values.mean()) - truth) < 4 * error
+    np.testing.assert_allclose(found.standard_error.mean(), found.value.std(), rtol=0.15)
+
+
+def test_a_gradient_lost_in_noise_is_told():
+    rows = jax.random.normal(jax.random.key(1), (30, 50))
+    assert not bool(per_example.noise_scale(linear, jnp.zeros(50), rows).resolved)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_too_few_examples_are_refused(n):
+    with pytest.raises(ValueError, match="3 examples or more"):
+        per_example.noise_scale(linear, jnp.zeros(3), jnp.ones((n, 3)))
