@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 import io
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
@@ -90,7 +89,7 @@ def _parse(arguments: Sequence[str]) -> Analyse | Experiment | List | Doctor:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(Command, prog="jaxnet", args=list(arguments), description=__doc__)  # type: ignore[call-overload, no-any-return]
+            return tyro.cli(Command, prog="jaxnet", args=list(arguments), description=__doc__)
     except SystemExit as end:
         if not end.code:
             raise

@@ -57,9 +57,7 @@ def check_params(params: ArrayTree) -> None:
         except TypeError:
             raise TypeError(f"{name}: expected a floating array, got {type(leaf).__name__}") from None
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{name}: expected a floating array, got {dtype}; keep what is not trained out of params"
-            )
+            raise TypeError(f"{name}: expected a floating array, got {dtype}; keep what is not trained out of params")
 
 
 def check(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int:

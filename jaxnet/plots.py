@@ -53,7 +53,13 @@ def _draw_panel(panel: Panel) -> "Figure":
         if series.style == "bars":
             axes.bar(x, y, width=0.8 * np.min(np.diff(x)) if len(x) > 1 else 0.8, color=colour, label=series.label)
         else:
-            axes.plot(x, np.where(np.isfinite(y), y, np.nan), color=colour, label=series.label, **STYLES[series.style])
+            axes.plot(
+                x,
+                np.where(np.isfinite(y), y, np.nan),
+                color=colour,
+                label=series.label,
+                **STYLES[series.style],
+            )
     for number, line in enumerate(panel.lines):
         if not np.isfinite(line.value):
             continue
@@ -63,7 +69,10 @@ def _draw_panel(panel: Panel) -> "Figure":
             line.value, color=colour, linestyle=dash, linewidth=1.1, label=line.label
         )
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.xscale, yscale=panel.yscale)
-    for axis, scale, values in ((axes.xaxis, panel.xscale, axes.get_xlim()), (axes.yaxis, panel.yscale, axes.get_ylim())):
+    for axis, scale, values in (
+        (axes.xaxis, panel.xscale, axes.get_xlim()),
+        (axes.yaxis, panel.yscale, axes.get_ylim()),
+    ):
         # Within two decades the powers of ten alone leave a log axis almost bare.
         if scale == "log" and values[1] < 100 * values[0]:
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -26,7 +26,14 @@ def tables(record: Record) -> "list[Table]":
     if record.claims:
         title = None if found else record.question
         table = Table(
-            "claim", "predicted", "measured", "bound", "verdict", title=title, box=SIMPLE_HEAD, title_justify="left"
+            "claim",
+            "predicted",
+            "measured",
+            "bound",
+            "verdict",
+            title=title,
+            box=SIMPLE_HEAD,
+            title_justify="left",
         )
         for column in table.columns[1:3]:
             column.justify = "right"

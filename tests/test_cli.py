@@ -129,7 +129,9 @@ def test_a_file_of_ones_own_in_double_precision(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((out / "record.json").read_text())
     assert found["dtype"] == "float64"
-    np.testing.assert_allclose(found["measurements"]["ladder"]["limit"], found["measurements"]["rates"]["maximal"], rtol=5e-3)
+    np.testing.assert_allclose(
+        found["measurements"]["ladder"]["limit"], found["measurements"]["rates"]["maximal"], rtol=5e-3
+    )
 
 
 def test_a_rate_that_diverges_says_where_and_keeps_its_history(tmp_path):
@@ -161,7 +163,9 @@ def test_a_failed_claim_makes_the_exit_status_1(tmp_path):
         "from jaxnet import cli; sys.exit(cli.run(sys.argv[1:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, "experiment", "inference", "--out", tmp_path / "out"], capture_output=True, text=True
+        [sys.executable, "-c", program, "experiment", "inference", "--out", tmp_path / "out"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1, done.stderr
     assert "MISS" in done.stdout
@@ -191,7 +195,7 @@ def test_ctrl_c_leaves_what_is_finished(tmp_path):
 
 
 def test_without_the_extra_it_names_the_extra():
-    program = "import sys; sys.modules['tyro'] = None; sys.argv = ['jaxnet', 'list']; from jaxnet.__main__ import main; main()"
+    program = "import sys; sys.modules['tyro'] = None; from jaxnet.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
     assert "pip install 'jaxnet[app]'" in done.stderr

@@ -20,7 +20,9 @@ def logits_and_labels(seed, n, c):
 def test_softmax_cross_entropy_is_the_written_sum(seed, n, c):
     z, y = logits_and_labels(seed, n, c)
     written = -scipy.special.log_softmax(z, axis=1)[np.arange(n), y]
-    np.testing.assert_allclose(losses.softmax_cross_entropy(jnp.asarray(z), jnp.asarray(y)), written, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        losses.softmax_cross_entropy(jnp.asarray(z), jnp.asarray(y)), written, rtol=2e-5, atol=2e-6
+    )
     one_hot = jnp.asarray(np.eye(c)[y])
     np.testing.assert_allclose(losses.softmax_cross_entropy(jnp.asarray(z), one_hot), written, rtol=2e-5, atol=2e-6)
 
@@ -58,7 +60,9 @@ def test_squared_error_sums_over_the_example():
     np.testing.assert_allclose(losses.squared_error(o[:, 0], t[:, 0]), [0.5, 4.5])
 
 
-@pytest.mark.parametrize("criterion", [losses.squared_error, losses.sigmoid_cross_entropy, losses.softmax_cross_entropy])
+@pytest.mark.parametrize(
+    "criterion", [losses.squared_error, losses.sigmoid_cross_entropy, losses.softmax_cross_entropy]
+)
 def test_no_silent_broadcast(criterion):
     with pytest.raises(ValueError, match=criterion.__name__):
         criterion(jnp.ones((4, 1)), jnp.ones(4))

@@ -25,7 +25,11 @@ RECORD = Record(
     config={"a": 1, "path": None},
     seed=3,
     dtype="float32",
-    measurements={"x": jnp.arange(3), "inf": math.inf, "nested": {"nan": np.float64("nan"), "yes": np.bool_(True)}},
+    measurements={
+        "x": jnp.arange(3),
+        "inf": math.inf,
+        "nested": {"nan": np.float64("nan"), "yes": np.bool_(True)},
+    },
     claims=[within("in", 2.0, 2.01, 0.01), below("low", 1.0, 2.0)],
     panels=[PANEL],
     rows=[("λ_max", 0.84, "converged")],

@@ -18,6 +18,8 @@ from jax import lax
 
 from jaxnet.contract import Array
 
+Sums = tuple[Array, Array, Array, Array]
+
 
 def log_inverse_share(n: int, probability: float) -> float:
     """log 1/w for the w that c² is below with the given probability: c² ~ Beta(½, (n − 1)/2)."""
@@ -34,7 +36,7 @@ def log_sum(x: Array, alpha: Array, beta: Array, steps: Array) -> Array:
       steps: how many entries are filled.
     """
 
-    def add(carry: tuple[Array, ...], j: Array) -> tuple[tuple[Array, ...], None]:
+    def add(carry: Sums, j: Array) -> tuple[Sums, None]:
         before, now, total, log_scale = carry
         used = (j < steps) & (beta[j] > 0)
         after = ((x - alpha[j]) * now - jnp.where(j > 0, beta[j - 1], 0) * before) / jnp.where(used, beta[j], 1)
@@ -54,16 +56,16 @@ def upper_bound(theta: Array, alpha: Array, beta: Array, steps: Array, target: f
     excess = lambda width: log_sum(theta + width, alpha, beta, steps)
     # A bound below θ is disproved: the start's share was of the unlucky ones. Then assume a hundredth of what θ leaves.
     at_theta = excess(jnp.zeros_like(theta))
-    target = jnp.where(at_theta >= target, at_theta + math.log(100), target)
+    goal = jnp.where(at_theta >= target, at_theta + math.log(100), target)
     unit = jnp.maximum(jnp.abs(theta), jnp.max(jnp.abs(beta))) * jnp.finfo(theta.dtype).eps
     unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, jnp.finfo(theta.dtype).tiny)
-    too_low = lambda width: (excess(width) < target) & jnp.isfinite(theta + width)
+    too_low = lambda width: (excess(width) < goal) & jnp.isfinite(theta + width)
     width = lax.while_loop(too_low, lambda width: 2 * width, unit)
 
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = (low + high) / 2
-        below = excess(middle) < target
+        below = excess(middle) < goal
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
     width = lax.fori_loop(0, 40, halve, (jnp.zeros_like(width), width))[1]

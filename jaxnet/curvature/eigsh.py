@@ -62,8 +62,8 @@ def eigsh(
 
     The error of a Ritz value θ with residual r and gap g to the next is at most min(r, r²/g). The search ends when r
     or r²/g is within tol·|θ| for several steps in a row: while two close eigenvalues are still one Ritz value, g is the
-    distance to a third. For the largest eigenvalue from a random start, the Lanczos polynomials must leave a chance of at
-    most 1 % that a larger one is still unseen (beyond 20 tol); that needs fewer steps, and finds more misses.
+    distance to a third. For the largest eigenvalue from a random start, the Lanczos polynomials must leave a chance
+    of at most 1 % that a larger one is still unseen (beyond 20 tol); that needs fewer steps, and finds more misses.
     Distinct eigenvalues are found; how often one occurs is not claimed.
 
     Args:

@@ -8,6 +8,7 @@ Reference:
   Wu & Simon, "Thick-Restart Lanczos Method for Large Symmetric Eigenvalue Problems", SIMAX 2000.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ def _coefficients(basis: ArrayTree, v: ArrayTree) -> Array:
     def leaf(q: Array, x: Array) -> Array:
         return jnp.matmul(q.reshape(q.shape[0], -1), x.reshape(-1), precision=lax.Precision.HIGHEST)
 
-    return sum(jax.tree.leaves(jax.tree.map(leaf, basis, v)))
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf, basis, v)))
 
 
 def combine(basis: ArrayTree, coefficients: Array) -> ArrayTree:

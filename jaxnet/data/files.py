@@ -96,9 +96,7 @@ def _load_csv(path: pathlib.Path, target: str | None) -> tuple[np.ndarray, np.nd
             raise ValueError(f"{path}: row {i + 1} has {len(row)} values, its header {len(header)}; mend that row")
         for j, (name, text) in enumerate(zip(header, row, strict=True)):
             if not _is_number(text):
-                raise ValueError(
-                    f"{path}: column {name!r} is not numeric: {text!r} in row {i + 1}; drop or encode it"
-                )
+                raise ValueError(f"{path}: column {name!r} is not numeric: {text!r} in row {i + 1}; drop or encode it")
             table[i, j] = float(text)
     column = header.index(target)
     return np.delete(table, column, axis=1), table[:, column]

@@ -63,7 +63,8 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
     keys = jax.random.split(jax.random.key(config.seed), 5)
     progress("loading data", 0.0)
     task = make_task(config, key=keys[0])
-    check_batch_size(config.batch_size, len(task.train[1]))
+    num_examples = len(task.train[1])
+    check_batch_size(config.batch_size, num_examples)
     if config.num_epochs < 1:
         raise ValueError(f"num_epochs: expected 1 or more, got {config.num_epochs}")
     own = config.learning_rate
@@ -73,7 +74,7 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
     analysis = learning_rate.analyse(task.loss, task.params, task.train, key=keys[1])
     found = Record(
         name="analyse",
-        question=f"What should the learning rate be? {task.words}, {task.num_params} parameters, N = {len(task.train[1])}",
+        question=f"What should the learning rate be? {task.words}, {task.num_params} parameters, N = {num_examples}",
         config=dataclasses.asdict(config),
         seed=config.seed,
         dtype=str(jnp.result_type(*jax.tree.leaves(task.params))),
@@ -84,7 +85,11 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
 
     runs: list[Run] = []
     for number, (name, batch_size) in enumerate(
-        [("full batch", None), (f"mini-batch, B = {config.batch_size}", config.batch_size), ("stochastic, B = 1", 1)]
+        [
+            ("full batch", None),
+            (f"mini-batch, B = {config.batch_size}", config.batch_size),
+            ("stochastic, B = 1", 1),
+        ]
     ):
         share = lambda done, number=number: progress(f"training, {name}", 0.15 + 0.2 * (number + done))
         runs.append(_train(config, task, analysis, name, batch_size, keys[2], share))
@@ -113,7 +118,10 @@ def _of_analysis(analysis: Analysis) -> dict[str, Any]:
             "greedy": analysis.curvature.greedy,
         },
         "noise": dataclasses.asdict(analysis.noise),
-        "curvature": {**dataclasses.asdict(analysis.curvature), "noise_scale": analysis.curvature.noise_scale},
+        "curvature": {
+            **dataclasses.asdict(analysis.curvature),
+            "noise_scale": analysis.curvature.noise_scale,
+        },
         "num_examples": analysis.num_examples,
     }
 
@@ -243,21 +251,28 @@ def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> 
         batch = jax.tree.map(lambda x: x[:n], batch)
         value = sharpness(task.loss, task.params, batch, key=keys[0], tol=1e-4).value
     predicted = float(learning_rate.maximal(value))
-    ladder = learning_rate.measure_limits(
-        task.loss, task.params, batch, predicted * STEPS_OF_LADDER, key=keys[1]
-    )
+    ladder = learning_rate.measure_limits(task.loss, task.params, batch, predicted * STEPS_OF_LADDER, key=keys[1])
     limit, error = float(ladder.limit), float(ladder.limit_error)
     high = float(ladder.plain_bracket[1])
     sampling = f"gradient descent on {n} examples"
     rows = [
         *found.rows,
-        ("η where ω₀ loses stability", limit, f"± {error:.1g}, measured: {sampling}; predicted {predicted:.5g}"),
+        (
+            "η where ω₀ loses stability",
+            limit,
+            f"± {error:.1g}, measured: {sampling}; predicted {predicted:.5g}",
+        ),
         ("η where plain training fails", high, _of_plain_training(ladder)),
     ]
     claims = [_stability_claim(predicted, limit), *found.claims]
     measurements = {
         **found.measurements,
-        "ladder": {**dataclasses.asdict(ladder), "predicted": predicted, "limit": limit, "limit_error": error},
+        "ladder": {
+            **dataclasses.asdict(ladder),
+            "predicted": predicted,
+            "limit": limit,
+            "limit_error": error,
+        },
     }
     panels = [*found.panels, *_ladder_panels(ladder, predicted)]
     return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels)

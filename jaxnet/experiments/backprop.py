@@ -79,7 +79,9 @@ def _modules(key: Array) -> list[Claim]:
     s = jax.nn.sigmoid(signal + bias)
     slope = s * (1 - s)
 
-    def claim(name: str, forward: Callable[..., Array], arguments: tuple[Array, ...], rules: tuple[Array, ...]) -> Claim:
+    def claim(
+        name: str, forward: Callable[..., Array], arguments: tuple[Array, ...], rules: tuple[Array, ...]
+    ) -> Claim:
         found = jax.vjp(forward, *arguments)[1](delta)
         worst = max(float(jnp.abs(f - r).max()) for f, r in zip(found, rules, strict=True))
         return close(name, 0.0, worst, 1e-12)
@@ -90,7 +92,10 @@ def _modules(key: Array) -> list[Claim]:
             "sigmoid with bias: δI = f′(I+B)δO, δB = δI",
             lambda i, b: jax.nn.sigmoid(i + b), (signal, bias), (slope * delta, slope * delta),
         ),
-        claim("product of two inputs: δI₁ = I₂δO, δI₂ = I₁δO", jnp.multiply, (signal, other), (other * delta, signal * delta)),
+        claim(
+            "product of two inputs: δI₁ = I₂δO, δI₂ = I₁δO",
+            jnp.multiply, (signal, other), (other * delta, signal * delta),
+        ),
         claim(
             "residual sum: δI₁ = δO, δI₂ = f′(I₂)δO",
             lambda a, b: a + jax.nn.sigmoid(b), (other, signal + bias), (delta, slope * delta),

@@ -30,9 +30,13 @@ def run(*, seed: int = 0) -> Record:
     with jax.enable_x64(True):
         model, params = network()
         x = jnp.asarray([INPUT])
-        hidden = np.asarray(nn.serial(nn.dense(3, use_bias=False), nn.activation(jax.nn.sigmoid)).apply(params[:2], x))[0]
+        hidden = np.asarray(nn.serial(nn.dense(3, use_bias=False), nn.activation(jax.nn.sigmoid)).apply(params[:2], x))[
+            0
+        ]
         output = np.asarray(model.apply(params, x))[0]
-    by_hand = lambda rows, inputs: [1 / (1 + np.exp(-sum(w * i for w, i in zip(row, inputs, strict=True)))) for row in rows]
+    by_hand = lambda rows, inputs: [
+        1 / (1 + np.exp(-sum(w * i for w, i in zip(row, inputs, strict=True)))) for row in rows
+    ]
     hidden_by_hand = by_hand(HIDDEN_WEIGHTS, INPUT)
     output_by_hand = by_hand(OUTPUT_WEIGHTS, hidden_by_hand)
     units = ["H1", "H2", "H3", "O1", "O2"]

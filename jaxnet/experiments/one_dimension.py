@@ -46,7 +46,14 @@ def _run(seed: int, a: float, num_steps: int) -> Record:
         factor = errors[1] / errors[0]
         factors[str(ratio)] = factor
         claims.append(close(f"error factor a step at {ratio} η_opt", 1 - ratio, factor, 1e-6))
-        series.append(Series(f"η = {ratio} η_opt: × {1 - ratio:.2g} a step", np.arange(num_steps + 1), errors, "line-points"))
+        series.append(
+            Series(
+                f"η = {ratio} η_opt: × {1 - ratio:.2g} a step",
+                np.arange(num_steps + 1),
+                errors,
+                "line-points",
+            )
+        )
         if ratio == 2.0:
             claims.append(close("at 2η_opt the error returns after two steps", errors[0], errors[2], 1e-6))
     panel = Panel(

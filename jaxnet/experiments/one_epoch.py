@@ -48,8 +48,18 @@ def _run(seed: int, num_examples: int, width: int) -> Record:
     slope = np.polyfit(np.log(rates[:4]), np.log(differences[:4]), 1)[0]
     claims = [
         within("the difference falls as this power of η", 2.0, slope, 0.02),
-        close("Σ g_n/N is the batch gradient, largest difference", 0.0, _largest(optax.tree.sub(added, mean)), 1e-12),
-        within("Σ|g_n − ḡ|²/(N−1) from the norms alone", (np.sum(norms**2) - n * mean_squared) / (n - 1), spread, 1e-9),
+        close(
+            "Σ g_n/N is the batch gradient, largest difference",
+            0.0,
+            _largest(optax.tree.sub(added, mean)),
+            1e-12,
+        ),
+        within(
+            "Σ|g_n − ḡ|²/(N−1) from the norms alone",
+            (np.sum(norms**2) - n * mean_squared) / (n - 1),
+            spread,
+            1e-9,
+        ),
         within("mean of |g_n| cos(g_n, ḡ) is |ḡ|", mean_squared**0.5, np.mean(norms * cosines), 1e-9),
     ]
     return Record(
@@ -82,7 +92,12 @@ def _run(seed: int, num_examples: int, width: int) -> Record:
                 yscale="log",
             ),
             _histogram("norms", "Norms of the examples' gradients", "‖g_n‖", norms),
-            _histogram("cosines", "Directions of the examples' gradients against their mean's", "cos(g_n, ḡ)", cosines),
+            _histogram(
+                "cosines",
+                "Directions of the examples' gradients against their mean's",
+                "cos(g_n, ḡ)",
+                cosines,
+            ),
         ],
     )
 

@@ -11,11 +11,15 @@ QUESTION = "Does a too large network, trained for too long, learn its examples a
 
 
 def run(*, seed: int = 0, num_train: int = 100, num_epochs: int = 1500) -> Record:
-    """Digits, 100 training examples: the training loss vanishes, the test loss turns up; early stopping takes its minimum."""
+    """On 100 digits the training loss vanishes and the held-out loss turns up; early stopping takes its minimum."""
     inputs, labels = data.digits()
     if not 20 <= num_train <= len(labels) - 200:
         raise ValueError(f"num_train: expected 20 to {len(labels) - 200}, got {num_train}")
-    train, held_out, test = (inputs[:num_train], labels[:num_train]), (inputs[num_train:], labels[num_train:]), data.digits("test")
+    train, held_out, test = (
+        (inputs[:num_train], labels[:num_train]),
+        (inputs[num_train:], labels[num_train:]),
+        data.digits("test"),
+    )
     model = nn.mlp([256, 256, 10], activation=jnp.tanh)
     loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
     init_key, analysis_key, key = jax.random.split(jax.random.key(seed), 3)
@@ -39,7 +43,11 @@ def run(*, seed: int = 0, num_train: int = 100, num_epochs: int = 1500) -> Recor
         above("held-out loss at the end, over its minimum", 1.1, held_losses[-1] / held_losses.min()),
         close("early stopping keeps the minimum of the held-out loss", held_losses.min(), early.best.loss, 1e-6),
         below("early stopping ends before the long run: its epochs", num_epochs, early.stopped.epoch),
-        below("test loss of what it keeps, against the end's", test_at(long.state.params), test_at(early.best.params)),
+        below(
+            "test loss of what it keeps, against the end's",
+            test_at(long.state.params),
+            test_at(early.best.params),
+        ),
     ]
     return Record(
         name="overfitting",
@@ -63,11 +71,13 @@ def run(*, seed: int = 0, num_train: int = 100, num_epochs: int = 1500) -> Recor
                 title=f"{num_train} digits and a network of 85 002 parameters, at η = {rate:.2g}",
                 xlabel="epoch",
                 ylabel="mean loss",
-                series=[Series("training", history.epoch, train_losses), Series("held out", history.epoch, held_losses)],
+                series=[
+                    Series("training", history.epoch, train_losses),
+                    Series("held out", history.epoch, held_losses),
+                ],
                 lines=[Line(f"early stopping: epoch {early.best.epoch}", float(early.best.epoch))],
                 xscale="log",
                 yscale="log",
             )
         ],
     )
-

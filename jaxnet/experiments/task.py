@@ -54,7 +54,7 @@ class TaskConfig:
     activation: str = "tanh"
     """tanh, relu, gelu, sigmoid, silu or softplus."""
     criterion: str = "auto"
-    """softmax_cross_entropy, squared_error, sigmoid_cross_entropy; auto: the first for class labels, else the second."""
+    """softmax_cross_entropy, squared_error or sigmoid_cross_entropy; auto: the first for labels, else the second."""
     inputs: str = "x"
     """For an .npz file: the name of its array of inputs."""
     targets: str = "y"
@@ -130,7 +130,9 @@ def _load(config: TaskConfig, key: Array) -> tuple[Pair, Pair | None]:
         return source("train"), source("test")
     path = pathlib.Path(config.data)
     if not path.suffix and not path.exists():
-        raise ValueError(f"unknown data {config.data!r}: known are {', '.join(DATA)}, or the path of an .npz or .csv file")
+        raise ValueError(
+            f"unknown data {config.data!r}: known are {', '.join(DATA)}, or the path of an .npz or .csv file"
+        )
     x, y = data.load(path, inputs=config.inputs, targets=config.targets, target=config.target)
     n = len(x)
     if n < 3:
@@ -144,9 +146,7 @@ def _load(config: TaskConfig, key: Array) -> tuple[Pair, Pair | None]:
     return (x[train], y[train]), ((x[test], y[test]) if test.size else None)
 
 
-def _criterion(
-    config: TaskConfig, targets: np.ndarray
-) -> tuple[str, Callable[[Array], Array], int | None]:
+def _criterion(config: TaskConfig, targets: np.ndarray) -> tuple[str, Callable[[Array], Array], int | None]:
     """The criterion's name, targets to its form, and the number of classes; None means one output, (N,)."""
     whole = targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer)
     signs = config.data == "two-gaussians"
@@ -155,7 +155,11 @@ def _criterion(
         criterion = "softmax_cross_entropy" if whole else "squared_error"
     if criterion == "squared_error":
         if whole and _classes(targets):
-            return criterion, lambda y: jax.nn.one_hot(y, targets.max() + 1, dtype=jnp.result_type(float)), targets.max() + 1
+            return (
+                criterion,
+                lambda y: jax.nn.one_hot(y, targets.max() + 1, dtype=jnp.result_type(float)),
+                targets.max() + 1,
+            )
         if targets.ndim != 1:
             raise ValueError(f"targets: expected one number an example, got shape {targets.shape}")
         return criterion, lambda y: y.astype(jnp.result_type(float)), None
@@ -180,7 +184,9 @@ def _classes(targets: np.ndarray) -> bool:
 def _check_labels(targets: np.ndarray) -> int:
     found = np.unique(targets)
     if len(found) < 2:
-        raise ValueError(f"targets: all {len(targets)} examples have the label {found[0]}; at least two classes are needed")
+        raise ValueError(
+            f"targets: all {len(targets)} examples have the label {found[0]}; at least two classes are needed"
+        )
     if not _classes(targets):
         shown = ", ".join(map(str, found[:6])) + (", …" if len(found) > 6 else "")
         raise ValueError(

@@ -27,7 +27,7 @@ WITH_BIAS = losses.mean_loss(NEURON.apply, losses.squared_error)
 
 
 def run(*, seed: int = 0, num_examples: int = 100, num_steps: int = 12, num_draws: int = 200) -> Record:
-    """λ_max of the weights' block and of the whole, growth at η = 1.5, 2.38, 2.5 and 2.2, and a stochastic run at .2."""
+    """λ_max of the weights' block and of the whole, growth at four batch rates, and a stochastic run at η = .2."""
     with jax.enable_x64(True):
         return _run(seed, num_examples, num_steps, num_draws)
 
@@ -67,7 +67,12 @@ def _run(seed: int, num_examples: int, num_steps: int, num_draws: int) -> Record
         claims=claims,
         panels=[
             _path_panel("batch_paths", "Batch paths of the weights at three rates", paths, batch),
-            _path_panel("stochastic_path", "Stochastic path of the weights, two epochs", {STOCHASTIC_RATE: stochastic}, batch),
+            _path_panel(
+                "stochastic_path",
+                "Stochastic path of the weights, two epochs",
+                {STOCHASTIC_RATE: stochastic},
+                batch,
+            ),
             _error_panel("errors_weights_only", "Batch error, weights only: 2/λ_max = 2.38 is the limit", paths),
             _error_panel("errors_with_bias", "Batch error with the bias: λ_max = 1, the limit is 2", biased),
             Panel(
@@ -140,7 +145,10 @@ def _growth_claims(kernel: Array, params: Any, batch: Any) -> list[Claim]:
 def _stochastic(kernel: Array, batch: Any, key: Array) -> tuple[tuple[list[Any], np.ndarray], np.ndarray]:
     """Two epochs of single steps as a path, and ten epochs of E."""
     optimizer = optax.sgd(STOCHASTIC_RATE)
-    update, state = jax.jit(training.make_update(weights_only, optimizer)), training.init_state(kernel, optimizer)
+    update, state = (
+        jax.jit(training.make_update(weights_only, optimizer)),
+        training.init_state(kernel, optimizer),
+    )
     path = [kernel]
     for epoch in range(2):
         for one in data.batches(batch, 1, key=key, epoch=epoch):

@@ -2,7 +2,14 @@
 
 from jaxnet.learning_rate.analysis import Analysis, analyse
 from jaxnet.learning_rate.measured import Ladder, measure_limits
-from jaxnet.learning_rate.rates import NoisyCurvature, for_batch_size, greedy, maximal, noisy_curvature, optimal
+from jaxnet.learning_rate.rates import (
+    NoisyCurvature,
+    for_batch_size,
+    greedy,
+    maximal,
+    noisy_curvature,
+    optimal,
+)
 
 __all__ = [
     "Analysis",

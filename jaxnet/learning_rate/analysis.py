@@ -71,13 +71,21 @@ class Analysis:
         # The standard error's relation to the value says how many of its digits mean something.
         simple = "|G|² resolved" if self.noise.resolved else "|G|² not resolved: no figure"
         return [
-            ("λ_max", float(s.value), f"{verdict}, {int(s.num_matvecs)} products, residual {float(s.residual_norm):.1e}"),
+            (
+                "λ_max",
+                float(s.value),
+                f"{verdict}, {int(s.num_matvecs)} products, residual {float(s.residual_norm):.1e}",
+            ),
             ("λ_max, upper bound", float(s.upper_bound), "certified, for a random start"),
             ("η_opt = 1/λ_max", float(self.optimal), "full batch, optimal"),
             ("η_max = 2/λ_max", float(self.maximal), "full batch, limit of stability"),
             ("η_max, safe", float(self.safe_maximal), "2 / upper bound"),
             ("ε_max = g·g/g·Hg", float(self.curvature.greedy), "best single step along the gradient"),
-            ("B_simple = S/|G|²", float(self.noise.value), f"± {float(self.noise.standard_error):.2g}, {simple}"),
+            (
+                "B_simple = S/|G|²",
+                float(self.noise.value),
+                f"± {float(self.noise.standard_error):.2g}, {simple}",
+            ),
             ("B_noise = tr(HΣ)/g·Hg", float(self.curvature.noise_scale), "noise scale weighted by curvature"),
         ]
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
@@ -54,7 +55,7 @@ def measure_limits(
     loss: Loss,
     params: ArrayTree,
     batch: ArrayTree,
-    rates: Array,
+    rates: ArrayLike,
     *,
     key: Array,
     num_starts: int = 3,
@@ -96,7 +97,12 @@ def measure_limits(
         raise ValueError(f"rates: expected finite numbers, got {rates}")
     dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
     along, plain = _ladder(
-        loss, params, batch, jnp.asarray(values, dtype), jax.random.split(key, num_starts), num_steps=num_steps
+        loss,
+        params,
+        batch,
+        jnp.asarray(values, dtype),
+        jax.random.split(key, num_starts),
+        num_steps=num_steps,
     )
     along, plain = np.asarray(along, np.float64), np.asarray(plain)
     growth = _growth(along)

@@ -1,6 +1,7 @@
 """The N gradients of the N examples' own losses, without keeping N copies of the params."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -117,7 +118,7 @@ class PerExampleGradients:
     def gram(self) -> Array:
         """g_n·g_m, (N, N)."""
         flat = jax.tree.map(lambda g: g.reshape(g.shape[0], -1), self.dense())
-        return sum(jax.tree.leaves(jax.tree.map(lambda g: g @ g.T, flat)))
+        return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(lambda g: g @ g.T, flat)))
 
     def dense(self) -> ArrayTree:
         """All g_n, leaves (N, ...): N copies of the params."""

@@ -228,14 +228,22 @@ def sweep(
     plan = _plan(loss, data, make_optimizer, rates[0], batch_size, num_epochs, order, augment, metrics)
     stop = _check_stop(stop, validation)
     progress, rows, done = program.compiled_sweep(
-        plan, start, rates, data, validation, key if keys is None else keys, stop, keys is not None, validation is not None
+        plan,
+        start,
+        rates,
+        data,
+        validation,
+        key if keys is None else keys,
+        stop,
+        keys is not None,
+        validation is not None,
     )
     rows, done = jax.tree.map(np.asarray, (rows, done))
     results = []
     for run, count in enumerate(done):
         of_run = jax.tree.map(lambda x, run=run: x[run], progress)
         one = jax.tree.map(lambda x, run=run, count=count: x[run][:count], rows)
-        history = _history([one], TrainState(start, None, np.zeros((), np.int32)))
+        history = _history([one], TrainState(start, None, jnp.zeros((), jnp.int32)))
         best = None
         if validation is not None:
             best = Best(of_run.best_params, int(of_run.best_epoch), float(of_run.best_loss))

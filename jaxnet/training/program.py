@@ -134,8 +134,10 @@ def run(
     contract.check(plan.loss, progress.state.params, plan.augment(key, data) if plan.augment else data)
     n = contract.num_examples(data)
     steps = plan.steps_per_epoch(n)
-    counts = jnp.full(steps, n if plan.batch_size is None else plan.batch_size).at[-1].set(
-        n if plan.batch_size is None else n - (steps - 1) * plan.batch_size
+    counts = (
+        jnp.full(steps, n if plan.batch_size is None else plan.batch_size)
+        .at[-1]
+        .set(n if plan.batch_size is None else n - (steps - 1) * plan.batch_size)
     )
 
     def one_epoch(progress: Progress) -> tuple[Progress, Rows]:
@@ -145,7 +147,10 @@ def run(
         code = jnp.where(loss < stop.loss_below, LOSS_BELOW, RUNNING)
         held_out = {}
         if validation is not None:
-            held_out = {"loss": plan.loss(state.params, validation), **_evaluate(plan, state.params, validation)}
+            held_out = {
+                "loss": plan.loss(state.params, validation),
+                **_evaluate(plan, state.params, validation),
+            }
             progress = _keep_best(progress, held_out["loss"], state.step // steps)
             code = jnp.where((code == RUNNING) & (progress.waited >= stop.patience), PATIENCE, code)
         code = jnp.where(jnp.isfinite(losses).all(), code, DIVERGED).astype(jnp.int32)
@@ -168,7 +173,7 @@ def run(
 
 def _keep_best(progress: Progress, loss: Array, epoch: Array) -> Progress:
     better = loss < progress.best_loss
-    choose = functools.partial(jnp.where, better)
+    choose = lambda new, old: jnp.where(better, new, old)
     return progress._replace(
         best_params=jax.tree.map(choose, progress.state.params, progress.best_params),
         best_epoch=choose(epoch, progress.best_epoch),

@@ -77,7 +77,7 @@ def test_orders_are_functions_of_the_key_and_the_epoch():
         assert (order(KEY, 1, 50) != order(KEY, 2, 50)).any()
         assert (order(KEY, 1, 50) != order(jax.random.key(4), 1, 50)).any()
     drawn = data.independent(KEY, 0, 1000)
-    assert 0 <= drawn.min()
+    assert drawn.min() >= 0
     assert drawn.max() < 1000
     # With replacement 1/e of the examples are left out.
     np.testing.assert_allclose(len(np.unique(drawn)) / 1000, 1 - np.exp(-1), atol=0.04)

@@ -22,7 +22,13 @@ def test_csv_reads_the_target_column(tmp_path):
 
 def test_npz_reads_named_arrays(tmp_path):
     path = tmp_path / "a.npz"
-    np.savez(path, x=np.ones((3, 2)), y=np.array([0.5, 1, 2]), images=np.ones((3, 4, 4), np.uint8), labels=np.arange(3))
+    np.savez(
+        path,
+        x=np.ones((3, 2)),
+        y=np.array([0.5, 1, 2]),
+        images=np.ones((3, 4, 4), np.uint8),
+        labels=np.arange(3),
+    )
     x, y = data.load(path)
     assert x.shape == (3, 2)
     assert y.dtype == np.float32
@@ -57,8 +63,8 @@ def test_other_malformed_files(tmp_path):
         data.load(write(tmp_path / "a.txt", "a"))
     with pytest.raises(ValueError, match="not a readable .npz"):
         data.load(write(tmp_path / "a.npz", "not a zip"))
+    (tmp_path / "b.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
     with pytest.raises(ValueError, match="UTF-8"):
-        (tmp_path / "b.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
         data.load(tmp_path / "b.csv")
     with pytest.raises(ValueError, match="no column named 'z'; it has a, b"):
         data.load(write(tmp_path / "a.csv", "a,b\n1,2\n"), target="z")

@@ -48,7 +48,9 @@ def test_a_miss_is_a_miss():
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match=r"unknown experiment 'nope': known are inference, backprop"):
         experiments.run("nope")
-    with pytest.raises(ValueError, match=r"unknown option of experiment one_dimension 'steps': known are curvature_of_loss"):
+    with pytest.raises(
+        ValueError, match=r"unknown option of experiment one_dimension 'steps': known are curvature_of_loss"
+    ):
         experiments.run("one_dimension", steps=3)
     with pytest.raises(ValueError, match="curvature_of_loss: expected a positive number"):
         experiments.run("one_dimension", curvature_of_loss=-1.0)

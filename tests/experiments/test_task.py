@@ -21,7 +21,9 @@ def test_every_set_meets_every_criterion(data, criterion):
     assert np.isfinite(made.loss(made.params, made.test))
 
 
-@pytest.mark.parametrize(("data", "criterion"), [("digits", "auto"), ("mnist5k", "squared_error"), ("digits", "squared_error")])
+@pytest.mark.parametrize(
+    ("data", "criterion"), [("digits", "auto"), ("mnist5k", "squared_error"), ("digits", "squared_error")]
+)
 def test_lenet_and_linear(data, criterion):
     for model in ("lenet", "linear"):
         made = task(data=data, model=model, criterion=criterion)
@@ -59,7 +61,9 @@ def test_plain_numbers_are_regression(tmp_path):
     made = task(data=write(tmp_path / "a.csv", [0.5, 1.25, 3.0, -2.0, 0.1]), widths=(3,))
     assert not made.labelled
     assert made.test is None
-    assert task(data=write(tmp_path / "b.csv", [10, 200, 31, 4]), criterion="squared_error", widths=(3,)).train[1].shape == (4,)
+    assert task(data=write(tmp_path / "b.csv", [10, 200, 31, 4]), criterion="squared_error", widths=(3,)).train[
+        1
+    ].shape == (4,)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,10 @@ def test_data_that_does_not_fit(tmp_path, labels, config, words):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"data": "imagenet"}, "unknown data 'imagenet': known are digits, two-gaussians, mnist1d, mnist5k, or the path"),
+        (
+            {"data": "imagenet"},
+            "unknown data 'imagenet': known are digits, two-gaussians, mnist1d, mnist5k, or the path",
+        ),
         ({"model": "resnet"}, "unknown model 'resnet': known are linear, mlp, lenet"),
         ({"activation": "step"}, "unknown activation 'step': known are tanh, relu"),
         ({"criterion": "hinge"}, "unknown criterion 'hinge': known are auto, softmax"),

@@ -19,7 +19,10 @@ def test_dense_is_an_affine_map():
     chex.assert_shape(params["bias"], (3,))
     x = jax.random.normal(KEY, (2, 5, 4))
     np.testing.assert_allclose(
-        layer.apply(params, x), np.einsum("nti,io->nto", x, params["kernel"]) + params["bias"], rtol=1e-5, atol=1e-6
+        layer.apply(params, x),
+        np.einsum("nti,io->nto", x, params["kernel"]) + params["bias"],
+        rtol=1e-5,
+        atol=1e-6,
     )
     assert set(nn.dense(3, use_bias=False).init(KEY, (4,))) == {"kernel"}
 
@@ -39,7 +42,12 @@ def test_conv_is_xlas_convolution(kh, kw, sh, sw, padding, height, width):
     params = layer.init(KEY, (height, width, 2))
     x = jax.random.normal(KEY, (2, height, width, 2))
     expected = lax.conv_general_dilated(
-        x, params["kernel"], (sh, sw), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
+        x,
+        params["kernel"],
+        (sh, sw),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision="highest",
     )
     got = layer.apply(params, x)
     chex.assert_shape(got, expected.shape)

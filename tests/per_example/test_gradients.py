@@ -62,7 +62,9 @@ def test_every_method_against_the_definition(problem, rows):
 def test_methods_cross_jit(problem):
     loss, params, batch = problem
     grads = per_example.gradients(loss, params, batch)
-    chex.assert_trees_all_close(jax.jit(lambda g: (g.mean(), g.norms()))(grads), (grads.mean(), grads.norms()), rtol=1e-9)
+    chex.assert_trees_all_close(
+        jax.jit(lambda g: (g.mean(), g.norms()))(grads), (grads.mean(), grads.norms()), rtol=1e-9
+    )
 
 
 def test_bad_arguments(mlp_problem):

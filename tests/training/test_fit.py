@@ -81,7 +81,13 @@ def test_a_resumed_run_is_the_same_run(batch_size):
 def test_a_stochastic_epoch_over_copies_is_many_epochs_bitwise():
     single = run(batch_size=1, order=data.cyclic, num_epochs=10)
     copies = fit(
-        PARAMS, data.repeated(DATA, 10), optax.sgd, learning_rate=0.1, batch_size=1, num_epochs=1, order=data.cyclic
+        PARAMS,
+        data.repeated(DATA, 10),
+        optax.sgd,
+        learning_rate=0.1,
+        batch_size=1,
+        num_epochs=1,
+        order=data.cyclic,
     )
     chex.assert_trees_all_equal(single.state.params, copies.state.params)
 
@@ -109,7 +115,16 @@ def test_early_stopping_keeps_the_minimum():
     held_out = problem(9)[0], jnp.array([2, 1, 0] * 3)  # labels of chance: its loss turns up soon
     long = fit(PARAMS, DATA, optax.sgd, learning_rate=0.5, batch_size=1, num_epochs=60, validation=held_out)
     stop = training.StopRule(patience=5)
-    early = fit(PARAMS, DATA, optax.sgd, learning_rate=0.5, batch_size=1, num_epochs=60, validation=held_out, stop=stop)
+    early = fit(
+        PARAMS,
+        DATA,
+        optax.sgd,
+        learning_rate=0.5,
+        batch_size=1,
+        num_epochs=60,
+        validation=held_out,
+        stop=stop,
+    )
     curve = long.history.validation["loss"]
     assert early.stopped.reason == "patience"
     assert early.stopped.epoch == early.best.epoch + 5 < 60
@@ -159,7 +174,10 @@ def test_dropout_through_augment_is_random_and_reproducible():
 def test_a_schedule_is_followed():
     schedule = optax.linear_schedule(0.1, 0.0, 12)
     scheduled = run(batch_size=5, learning_rate=schedule)
-    update, state = training.make_update(LOSS, optax.sgd(schedule)), training.init_state(PARAMS, optax.sgd(schedule))
+    update, state = (
+        training.make_update(LOSS, optax.sgd(schedule)),
+        training.init_state(PARAMS, optax.sgd(schedule)),
+    )
     for epoch in range(3):
         for batch in data.batches(DATA, 5, key=jax.random.split(KEY)[0], epoch=epoch):
             state, _ = update(state, batch)
@@ -168,7 +186,17 @@ def test_a_schedule_is_followed():
 
 def test_sweep_is_fit_at_each_rate():
     rates = [0.01, 0.1, 0.5]
-    swept = training.sweep(LOSS, PARAMS, DATA, optax.adam, learning_rates=rates, batch_size=6, num_epochs=3, key=KEY, validation=DATA)
+    swept = training.sweep(
+        LOSS,
+        PARAMS,
+        DATA,
+        optax.adam,
+        learning_rates=rates,
+        batch_size=6,
+        num_epochs=3,
+        key=KEY,
+        validation=DATA,
+    )
     for rate, one in zip(rates, swept, strict=True):
         alone = fit(PARAMS, DATA, optax.adam, learning_rate=rate, batch_size=6, num_epochs=3, validation=DATA)
         chex.assert_trees_all_close(one.state, alone.state, rtol=1e-4, atol=1e-5)
@@ -184,7 +212,14 @@ def test_sweep_is_fit_at_each_rate():
 
 def test_a_run_of_a_sweep_diverges_by_itself():
     swept = training.sweep(
-        parabola, jnp.float32(1.0), (jnp.ones(4),), optax.sgd, learning_rates=[0.1, 1e6], batch_size=None, num_epochs=20, key=KEY
+        parabola,
+        jnp.float32(1.0),
+        (jnp.ones(4),),
+        optax.sgd,
+        learning_rates=[0.1, 1e6],
+        batch_size=None,
+        num_epochs=20,
+        key=KEY,
     )
     assert [one.stopped.reason for one in swept] == ["num_epochs", "diverged"]
     assert len(swept[1].history.loss) < len(swept[0].history.loss) == 20

@@ -33,10 +33,15 @@ def test_an_update_is_pure_and_jits():
     np.testing.assert_array_equal(state.params["w"], 3.0)
 
 
-@pytest.mark.parametrize("make", [optax.lbfgs, lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15))])
+@pytest.mark.parametrize(
+    "make", [optax.lbfgs, lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15))]
+)
 def test_value_fn_reaches_the_optimizers_that_ask(make):
     optimizer = make()
-    update, state = training.make_update(quadratic, optimizer), training.init_state({"w": jnp.array(3.0)}, optimizer)
+    update, state = (
+        training.make_update(quadratic, optimizer),
+        training.init_state({"w": jnp.array(3.0)}, optimizer),
+    )
     for _ in range(12):
         state, metrics = update(state, BATCH)
     np.testing.assert_allclose(state.params["w"], 0.75, atol=2e-2)

@@ -1,0 +1,22 @@
+"""``python -m benchmarks NAME [--out FILE]`` runs a benchmark, prints its table and writes its JSON."""
+
+import argparse
+import importlib
+import pathlib
+
+from benchmarks.timing import finish
+
+NAMES = ("training",)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--out", type=pathlib.Path, help="the JSON file (default: benchmark-NAME.json)")
+    arguments = parser.parse_args()
+    rows = importlib.import_module(f"benchmarks.{arguments.name}").run()
+    finish(rows, arguments.out or pathlib.Path(f"benchmark-{arguments.name}.json"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Timing side by side: the contenders take turns, so that a drift of the machine meets all of them."""
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+
+import jax
+
+from jaxnet.record import versions
+
+
+@dataclasses.dataclass
+class Row:
+    """One comparison: a ratio, and the bound that it should keep."""
+
+    what: str
+    ratio: float
+    bound: float
+    at_least: bool
+    seconds: dict
+
+    @property
+    def kept(self):
+        return self.ratio >= self.bound if self.at_least else self.ratio <= self.bound
+
+
+def side_by_side(contenders, repeats=9):
+    """Median seconds of each contender, name -> function whose result is waited for; one warm-up each."""
+    for run in contenders.values():
+        jax.block_until_ready(run())
+    times = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def finish(rows, path):
+    """Print each ratio beside its bound, and write the numbers."""
+    width = max(len(row.what) for row in rows)
+    print(f"{'what':{width}}  {'ratio':>8}  {'bound':>8}")
+    for row in rows:
+        relation = ">=" if row.at_least else "<="
+        verdict = "" if row.kept else "  MISS"
+        print(f"{row.what:{width}}  {row.ratio:8.2f}  {relation} {row.bound:5g}{verdict}")
+    machine = {"platform": platform.platform(), "processors": os.cpu_count(), "device": str(jax.devices()[0])}
+    found = {"versions": versions(), "machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"wrote {path}")
