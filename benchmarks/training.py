@@ -25,7 +25,7 @@ def run():
     rows = [_traces(digits)]
     mlp = nn.mlp([128, 128, 10])
     for batch_size, bound in ((1, 25), (32, 3)):
-        case = Case(f"MLP, B={batch_size}", mlp, softmax, digits, batch_size, epochs=2 if batch_size == 1 else 20)
+        case = Case(f"MLP, B={batch_size}", mlp, softmax, digits, batch_size, epochs=10 if batch_size == 1 else 20)
         contenders = {"fit": case.fit, "scan": case.scan, "loop": case.loop}
         if torch:
             contenders["torch"] = case.torch(torch, _torch_mlp(torch), torch.nn.CrossEntropyLoss())
@@ -41,7 +41,7 @@ def run():
         half_square = lambda o, t: 0.5 * torch.nn.functional.mse_loss(o, t)
         seconds = case.per_step(side_by_side({"fit": case.fit, "torch": case.torch(torch, module, half_square)}))
         rows.append(_row("linear neuron, B=1: updates/s of fit / eager PyTorch", seconds, "torch", 200))
-    case = Case("LeNet", nn.lenet(10), softmax, images, 64, epochs=2)
+    case = Case("LeNet", nn.lenet(10), softmax, images, 64, epochs=4)
     contenders = {"fit": case.fit, "loop": case.loop}
     if torch:
         contenders["torch"] = case.torch(torch, _torch_lenet(torch), torch.nn.CrossEntropyLoss(), channels_first=True)
@@ -162,7 +162,14 @@ def _torch_mlp(torch):
 
 def _torch_lenet(torch):
     t = torch.nn
-    convolutions = (t.Conv2d(1, 6, 5, padding=2), t.Tanh(), t.AvgPool2d(2), t.Conv2d(6, 16, 5), t.Tanh(), t.AvgPool2d(2))
+    convolutions = (
+        t.Conv2d(1, 6, 5, padding=2),
+        t.Tanh(),
+        t.AvgPool2d(2),
+        t.Conv2d(6, 16, 5),
+        t.Tanh(),
+        t.AvgPool2d(2),
+    )
     return t.Sequential(
         *convolutions, t.Flatten(), t.Linear(400, 120), t.Tanh(), t.Linear(120, 84), t.Tanh(), t.Linear(84, 10)
     )

@@ -26,7 +26,7 @@ NEURON = nn.linear_neuron()
 WITH_BIAS = losses.mean_loss(NEURON.apply, losses.squared_error)
 
 
-def run(*, seed: int = 0, num_examples: int = 100, num_steps: int = 12, num_draws: int = 200) -> Record:
+def run(*, seed: int = 0, num_examples: int = 100, num_steps: int = 20, num_draws: int = 200) -> Record:
     """λ_max of the weights' block and of the whole, growth at four batch rates, and a stochastic run at η = .2."""
     with jax.enable_x64(True):
         return _run(seed, num_examples, num_steps, num_draws)
@@ -34,7 +34,7 @@ def run(*, seed: int = 0, num_examples: int = 100, num_steps: int = 12, num_draw
 
 def _run(seed: int, num_examples: int, num_steps: int, num_draws: int) -> Record:
     batch = data.two_gaussians_exact(num_examples)
-    kernel, params = jnp.array([-0.6, 1.4]), {"kernel": jnp.array([[-0.6], [1.4]]), "bias": jnp.array([0.5])}
+    kernel, params = jnp.array([-0.25, 2.2]), {"kernel": jnp.array([[-0.25], [2.2]]), "bias": jnp.array([0.5])}
     key = jax.random.key(seed)
     block = _eigenvalues(weights_only, kernel, batch, key)
     full = _eigenvalues(WITH_BIAS, params, batch, key)
