@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
@@ -100,6 +101,9 @@ def _parse(arguments: Sequence[str]) -> Analyse | Experiment | List | Doctor:
 def _check_out(output: Output) -> None:
     if output.out.exists() and not output.out.is_dir():
         raise ValueError(f"--out {output.out}: is a file; name a folder")
+    parent = next(folder for folder in (output.out, *output.out.resolve().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--out {output.out}: cannot write into {parent}; name a folder that can be written")
     if output.out.is_dir() and any(output.out.iterdir()) and not output.overwrite:
         raise ValueError(f"--out {output.out}: is not empty; name another folder, or pass --overwrite")
 

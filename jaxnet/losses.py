@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnet.contract import Array, ArrayTree
+from jaxnet.contract import Array, ArrayTree, Loss, num_examples
 
 Criterion = Callable[[Array, Array], Array]
 Apply = Callable[..., Array]
@@ -133,6 +133,57 @@ def mean_loss(apply: Apply, criterion: Criterion) -> MeanLoss:
       A frozen, hashable callable that keeps its two parts as ``.apply`` and ``.criterion``.
     """
     return MeanLoss(apply, criterion)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkedLoss:
+    """A mean loss accumulated over chunks; see `chunked`."""
+
+    loss: Loss
+    size: int
+
+    def __call__(self, params: ArrayTree, batch: ArrayTree) -> Array:
+        """The same mean over the batch's N examples, a scalar."""
+        n = num_examples(batch)
+        if n <= self.size:
+            return self.loss(params, batch)
+        whole = n // self.size * self.size
+        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, self.size, *x.shape[1:]), batch)
+        # Rematerialised, so that the backward pass holds one chunk's intermediates and not all of them.
+        one = jax.checkpoint(self.loss)
+
+        def add(total: Array, chunk: ArrayTree) -> tuple[Array, None]:
+            return total + self.size / n * one(params, chunk), None
+
+        rest = jax.tree.map(lambda x: x[whole:], batch)
+        first = (
+            (n - whole) / n * one(params, rest) if whole < n else jnp.zeros((), _dtype_of(self.loss, params, chunks))
+        )
+        return jax.lax.scan(add, first, chunks)[0]
+
+
+def _dtype_of(loss: Loss, params: ArrayTree, chunks: ArrayTree) -> jnp.dtype:
+    return jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], chunks)).dtype
+
+
+def chunked(loss: Loss, size: int) -> ChunkedLoss:
+    """The same loss, Σ_c (N_c/N) loss(params, chunk c), in the memory of one chunk.
+
+    Gradients and Hessian products go through the same scan: their memory does not grow with N.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``, a mean over the batch.
+      size: examples a chunk; the last holds what is left, and counts for as much.
+
+    Returns:
+      A hashable loss.
+
+    Raises:
+      ValueError: ``size`` is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"chunked: expected a size of 1 or more, got {size}")
+    return ChunkedLoss(loss, size)
 
 
 def accuracy(apply: Apply, params: ArrayTree, batch: Any) -> Array:

@@ -99,6 +99,37 @@ def test_dropout_draws_for_each_example_from_the_batchs_keys():
     np.testing.assert_allclose(loss(params, (inputs, targets)), loss(params, (inputs, targets)))
 
 
+@pytest.mark.parametrize("size", [1, 4, 5, 12, 100])
+def test_chunks_give_the_same_mean_gradient_and_hessian_product(size, mlp_problem):
+    loss, params, batch = mlp_problem
+    parts = losses.chunked(loss, size)
+    assert parts == losses.chunked(loss, size)
+    np.testing.assert_allclose(parts(params, batch), loss(params, batch), rtol=1e-14)
+    v = jax.tree.map(jnp.cos, params)
+    product = lambda f: jax.jvp(jax.grad(lambda p: f(p, batch)), (params,), (v,))
+    chex.assert_trees_all_close(jax.jit(product, static_argnums=0)(parts), product(loss), rtol=1e-11, atol=1e-14)
+
+
+def test_chunks_bound_the_memory_of_a_hessian_product():
+    model = nn.mlp([64, 64, 1])
+    loss = losses.mean_loss(model.apply, losses.squared_error)
+    params = model.init(jax.random.key(0), (16,))
+
+    def temporary(f, n):
+        batch = (jax.ShapeDtypeStruct((n, 16), jnp.float32), jax.ShapeDtypeStruct((n, 1), jnp.float32))
+        product = lambda p, b: jax.jvp(jax.grad(lambda p: f(p, b)), (p,), (p,))[1]
+        return jax.jit(product).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(loss, 16000) > 5 * temporary(loss, 2000)
+    chunked = losses.chunked(loss, 100)
+    assert temporary(chunked, 16000) < 1.1 * temporary(chunked, 2000) + 16000 * 4
+
+
+def test_a_chunk_has_a_size():
+    with pytest.raises(ValueError, match="size of 1 or more"):
+        losses.chunked(lambda p, b: p, 0)
+
+
 def test_accuracy_counts_hits():
     apply = lambda params, x: x
     z = jnp.array([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]])

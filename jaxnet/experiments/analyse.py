@@ -26,8 +26,9 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
 }
 # Rates of the ladder, in units of the predicted limit 2/λ_max: from .35 to 8, closer together around 1.
 STEPS_OF_LADDER = 2.0 ** np.unique(np.concatenate([np.arange(-1.5, 3.01, 0.25), np.arange(-0.5, 0.51, 0.125)]))
-# A ladder on more examples than this takes minutes on a CPU; then it, and the λ_max it is held against, take fewer.
-LADDER_EXAMPLES = 2000
+# With more examples than this, the ladder, the λ_max it is held against, and λ_max along training take the first half
+# as many: on a CPU all of them would take minutes.
+MANY_EXAMPLES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +94,21 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
     ):
         share = lambda done, number=number: progress(f"training, {name}", 0.15 + 0.2 * (number + done))
         runs.append(_train(config, task, analysis, name, batch_size, keys[2], share))
-        yield _with_runs(found, runs)
-    found = _with_runs(found, runs)
+        with_runs = _with_runs(found, runs, len(_sample(task)[1]))
+        yield with_runs
+    found = with_runs
 
     progress("ladder of rates", 0.8)
     yield _with_ladder(found, task, analysis, keys[3:])
     progress("done", 1.0)
+
+
+def _sample(task: Task) -> tuple[Array, Array]:
+    """The training examples that the costly measurements take."""
+    if len(task.train[1]) <= MANY_EXAMPLES:
+        return task.train
+    inputs, targets = (x[: MANY_EXAMPLES // 2] for x in task.train)
+    return inputs, targets
 
 
 def _of_analysis(analysis: Analysis) -> dict[str, Any]:
@@ -156,11 +166,12 @@ def _train(
     rate = float(analysis.rate(batch_size)) * (1 if config.optimizer == "sgd" else 1 - MOMENTUM)
     if batch_size is None and config.learning_rate is not None:
         rate = config.learning_rate
-    seen = [sharpness(task.loss, task.params, task.train, key=key, v0=analysis.sharpness.vector)]
+    sample = _sample(task)
+    seen = [sharpness(task.loss, task.params, sample, key=key, v0=analysis.sharpness.vector)]
 
     def follow(progress: training.FitProgress) -> None:
         share(progress.epoch / progress.num_epochs)
-        seen.append(sharpness(task.loss, progress.state.params, task.train, key=key, v0=seen[-1].vector))
+        seen.append(sharpness(task.loss, progress.state.params, sample, key=key, v0=seen[-1].vector))
 
     result = training.fit(
         task.loss,
@@ -181,7 +192,7 @@ def _train(
     accuracy = np.nan
     if task.labelled and task.test is not None:
         labels = (task.test[0], task.test[1])
-        accuracy = float(losses.accuracy(task.loss.apply, result.state.params, labels))
+        accuracy = float(losses.accuracy(task.apply, result.state.params, labels))
     return Run(
         name=name,
         batch_size=batch_size,
@@ -197,14 +208,15 @@ def _train(
     )
 
 
-def _with_runs(found: Record, runs: list[Run]) -> Record:
+def _with_runs(found: Record, runs: list[Run], sampled: int) -> Record:
     rows, claims = [*found.rows], []
     for run in runs:
         end = f", test accuracy {run.accuracy:.3f}" if np.isfinite(run.accuracy) else ""
         rows.append((f"η, {run.name}", run.rate, f"loss {run.loss[0]:.3g} to {run.loss[-1]:.3g}{end}; {run.stopped}"))
         claims.append(record.below(f"{run.name}: trains at its rate", run.loss[0], run.loss[-1]))
     measurements = {**found.measurements, "runs": [dataclasses.asdict(run) for run in runs]}
-    panels = [_loss_panel(runs), _sharpness_panel(runs, found.config)]
+    sampling = "the full batch" if sampled == found.measurements["num_examples"] else f"{sampled} examples"
+    panels = [_loss_panel(runs), _sharpness_panel(runs, found.config, sampling)]
     return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels)
 
 
@@ -224,7 +236,7 @@ def _loss_panel(runs: list[Run]) -> Panel:
     )
 
 
-def _sharpness_panel(runs: list[Run], config: Any) -> Panel:
+def _sharpness_panel(runs: list[Run], config: Any, sampling: str) -> Panel:
     momentum, nesterov = config["optimizer"] != "sgd", config["optimizer"] == "nesterov"
     beta = MOMENTUM if momentum else 0.0
     # maximal(λ) = c/λ, so c/η is the sharpness that a rate η still bears.
@@ -236,7 +248,7 @@ def _sharpness_panel(runs: list[Run], config: Any) -> Panel:
         name="sharpness_along_training",
         title="Sharpness along training, and the sharpness that each rate bears",
         xlabel="epoch",
-        ylabel="λ_max of the full-batch Hessian",
+        ylabel=f"λ_max of the Hessian on {sampling}",
         series=series,
         lines=lines,
         yscale="log",
@@ -244,11 +256,9 @@ def _sharpness_panel(runs: list[Run], config: Any) -> Panel:
 
 
 def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> Record:
-    n = len(task.train[1])
-    batch, value = task.train, analysis.sharpness.value
-    if n > LADDER_EXAMPLES:
-        n = LADDER_EXAMPLES // 2
-        batch = jax.tree.map(lambda x: x[:n], batch)
+    batch, value = _sample(task), analysis.sharpness.value
+    n = len(batch[1])
+    if n < len(task.train[1]):
         value = sharpness(task.loss, task.params, batch, key=keys[0], tol=1e-4).value
     predicted = float(learning_rate.maximal(value))
     ladder = learning_rate.measure_limits(task.loss, task.params, batch, predicted * STEPS_OF_LADDER, key=keys[1])

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxnet import data, losses, nn
 from jaxnet.contract import Array
-from jaxnet.losses import MeanLoss
+from jaxnet.losses import Apply, ChunkedLoss
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
@@ -28,6 +28,8 @@ CRITERIA = {
 }
 DATA = ("digits", "two-gaussians", "mnist1d", "mnist5k")
 MODELS = ("linear", "mlp", "lenet")
+# Examples at a time: a convolution's patches are 25 times its images.
+CHUNK = {"linear": 2000, "mlp": 2000, "lenet": 100}
 
 
 def known(kind: str, name: str, names: Any) -> str:
@@ -70,7 +72,8 @@ class Task:
     """One loss, where it starts, and what it is a mean over.
 
     Attributes:
-      loss: ``loss(params, batch)``.
+      loss: ``loss(params, batch)``, chunked so that large sets fit the cache and the memory.
+      apply: the network.
       params: the network's initial parameters.
       train: ``(inputs, targets)`` to train on.
       test: ``(inputs, targets)`` held out, or None where there are too few examples.
@@ -78,7 +81,8 @@ class Task:
       words: what it is, for titles.
     """
 
-    loss: MeanLoss
+    loss: ChunkedLoss
+    apply: Apply
     params: Any
     train: tuple[Array, Array]
     test: tuple[Array, Array] | None
@@ -105,17 +109,16 @@ def make_task(config: TaskConfig, *, key: Array) -> Task:
         raise ValueError(f"widths: expected positive numbers, got {config.widths}")
     data_key, init_key = jax.random.split(key)
     train, test = _load(config, data_key)
-    everything = train[1] if test is None else jnp.concatenate([train[1], test[1]])
-    criterion, fit_targets, num_outputs = _criterion(config, np.asarray(everything))
-    train, test = ((x, fit_targets(y)) for x, y in (train, test or train))
-    inputs_fit, network = _network(config, activation, train[0].shape[1:], num_outputs)
-    train, test = (inputs_fit(train[0]), train[1]), (inputs_fit(test[0]), test[1])
-    loss = losses.mean_loss(network.apply, CRITERIA[criterion])
+    targets = np.concatenate([np.asarray(part[1]) for part in (train, test) if part is not None])
+    criterion, fit_targets, num_outputs = _criterion(config, targets)
+    fit_inputs, network = _network(config, activation, train[0].shape[1:], num_outputs)
+    fitted = lambda part: (fit_inputs(part[0]), fit_targets(part[1]))
+    train, test = fitted(train), None if test is None else fitted(test)
+    loss = losses.chunked(losses.mean_loss(network.apply, CRITERIA[criterion]), CHUNK[config.model])
     params = network.init(init_key, train[0].shape[1:])
     name = pathlib.Path(config.data).name
-    has_test = len(everything) > len(train[1])
     words = f"{name}, {config.model}, {criterion.replace('_', ' ')}"
-    return Task(loss, params, train, test if has_test else None, num_outputs is not None, words)
+    return Task(loss, network.apply, params, train, test, num_outputs is not None, words)
 
 
 Pair = tuple[Array, Array]

@@ -28,12 +28,17 @@ def run(a, num_steps, room, key=0):
     start = split(jax.random.normal(jax.random.key(key), (len(a),)))
     state = lanczos.init(start, room, jax.random.key(1))
     for _ in range(num_steps):
-        state = lanczos.step(lambda v: split(a @ join(v)), state)
+        state = advance(a, state)
     return state
 
 
+@jax.jit
+def advance(a, state):
+    return lanczos.step(lambda v: split(a @ join(v)), state)
+
+
 @hypothesis.settings(deadline=None, max_examples=10)
-@hypothesis.given(st.integers(0, 2**31), st.integers(4, 12))
+@hypothesis.given(st.integers(0, 2**31), st.sampled_from([4, 12]))
 def test_the_defining_identity(seed, n):
     """A Qᵀ = Qᵀ T + β q eₖᵀ, with orthonormal rows in Q."""
     with jax.enable_x64(True):
@@ -52,7 +57,7 @@ def test_the_identity_survives_a_restart(x64):
     kept = jnp.array([9, 8, 7, 0])
     state = lanczos.restart(state, lanczos.ritz(state), kept)
     for _ in range(6):
-        state = lanczos.step(lambda v: split(a @ join(v)), state)
+        state = advance(a, state)
     q, t = flat(state.basis), np.asarray(state.projected)
     np.testing.assert_allclose(q @ q.T, np.eye(11), atol=1e-12)
     residual = np.zeros((30, 10))
