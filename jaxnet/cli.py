@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
-import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
@@ -101,11 +101,15 @@ def _parse(arguments: Sequence[str]) -> Analyse | Experiment | List | Doctor:
 def _check_out(output: Output) -> None:
     if output.out.exists() and not output.out.is_dir():
         raise ValueError(f"--out {output.out}: is a file; name a folder")
-    parent = next(folder for folder in (output.out, *output.out.resolve().parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--out {output.out}: cannot write into {parent}; name a folder that can be written")
     if output.out.is_dir() and any(output.out.iterdir()) and not output.overwrite:
         raise ValueError(f"--out {output.out}: is not empty; name another folder, or pass --overwrite")
+    # Better now than after the work: can a folder be made where it is wanted?
+    parent = next(folder for folder in (output.out.absolute(), *output.out.absolute().parents) if folder.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError:
+        raise ValueError(f"--out {output.out}: cannot write into {parent}; name another folder") from None
 
 
 @contextlib.contextmanager
@@ -122,10 +126,13 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
 
 
 def _finish(record: Record, folder: pathlib.Path, console: Console) -> None:
-    paths = report.write(record, folder)
     for table in report.tables(record):
         console.print(table)
-    console.print(f"{folder}: {', '.join(path.name for path in paths)}", soft_wrap=True, highlight=False)
+    for claim in record.claims:
+        if not claim.passed:
+            console.print(f"MISS {record.name}: {claim.name}", style="bold red", markup=False)
+    paths = report.write(record, folder)
+    console.print(f"{folder}: {', '.join(path.name for path in paths)}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _analyse(command: Analyse, console: Console) -> int:
@@ -147,16 +154,14 @@ def _experiment(command: Experiment, console: Console) -> int:
     chosen = experiments.names() if command.name == "all" else [command.name]
     known("experiment", command.name, [*experiments.names(), "all"])
     _check_out(command)
-    failed = []
+    passed = True
     with _progress() as progress:
         for number, name in enumerate(chosen):
             progress(name, number / len(chosen))
             record = experiments.run(name, seed=command.seed)
             _finish(record, command.out / name if command.name == "all" else command.out, console)
-            failed += [f"{name}: {claim.name}" for claim in record.claims if not claim.passed]
-    for claim in failed:
-        console.print(f"MISS {claim}", style="bold red", markup=False)
-    return CLAIM_FAILED if failed else DONE
+            passed = passed and record.passed
+    return DONE if passed else CLAIM_FAILED
 
 
 def _list(console: Console) -> int:

@@ -33,6 +33,11 @@ def _sum_of_example(values: Array) -> Array:
     return values.reshape(values.shape[0], math.prod(values.shape[1:])).sum(axis=1)
 
 
+def _nan_unless(known: Array, values: Array) -> Array:
+    # A factor, so that the gradient is NaN with the value.
+    return values * jnp.where(known, 1.0, jnp.nan).astype(values.dtype)
+
+
 def squared_error(output: Array, target: Array) -> Array:
     """½‖o − t‖² of each example.
 
@@ -71,10 +76,9 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
                 "softmax_cross_entropy: integer labels must have the logits' shape without its last axis, "
                 f"got logits {logits.shape} and labels {labels.shape}"
             )
-        labels = labels.astype(jnp.int32)
-        values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
         known = (labels >= 0) & (labels < logits.shape[-1])
-        values = values * jnp.where(known, 1.0, jnp.nan).astype(values.dtype)
+        values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels.astype(jnp.int32))
+        values = _nan_unless(known, values)
     else:
         _same_shape("softmax_cross_entropy", logits, labels)
         values = optax.losses.softmax_cross_entropy(logits, labels)
@@ -89,13 +93,15 @@ def sigmoid_cross_entropy(logits: Array, labels: Array) -> Array:
       labels: (N, ...) probabilities y in [0, 1], of the same shape.
 
     Returns:
-      (N,) values, summed over further axes.
+      (N,) values, summed over further axes. A label outside [0, 1] gives NaN: targets ±1 are not probabilities.
 
     Raises:
       ValueError: the shapes differ.
     """
     _same_shape("sigmoid_cross_entropy", logits, labels)
-    return _sum_of_example(optax.losses.sigmoid_binary_cross_entropy(logits, labels))
+    labels = jnp.asarray(labels)
+    values = optax.losses.sigmoid_binary_cross_entropy(logits, labels)
+    return _sum_of_example(_nan_unless((labels >= 0) & (labels <= 1), values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +125,10 @@ class MeanLoss:
 
     def __call__(self, params: ArrayTree, batch: Any) -> Array:
         """The mean over the batch's N examples, a scalar."""
-        return jnp.mean(self.criterion(self.outputs(params, batch), batch[1]))
+        values = self.criterion(self.outputs(params, batch), batch[1])
+        if values.shape != jnp.shape(batch[1])[:1]:
+            raise ValueError(f"criterion: expected one value an example, {jnp.shape(batch[1])[:1]}, got {values.shape}")
+        return jnp.mean(values)
 
 
 def mean_loss(apply: Apply, criterion: Criterion) -> MeanLoss:
@@ -201,6 +210,9 @@ def accuracy(apply: Apply, params: ArrayTree, batch: Any) -> Array:
     outputs = apply(params, inputs)
     if outputs.ndim != 2:
         raise ValueError(f"accuracy: expected outputs of shape (N, C), got {outputs.shape}")
-    if labels.ndim == 2:
+    labels = jnp.asarray(labels)
+    if labels.shape == outputs.shape:
         labels = labels.argmax(axis=1)
+    elif labels.shape != outputs.shape[:1]:
+        raise ValueError(f"accuracy: expected labels (N,) or one-hot {outputs.shape}, got {labels.shape}")
     return jnp.mean(outputs.argmax(axis=1) == labels)

@@ -1,5 +1,6 @@
 """Records to tables on a terminal and files in a folder."""
 
+import json
 import pathlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -52,10 +53,21 @@ def write(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
     """``record.json`` and one PNG a panel; each file appears whole or not at all. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "record.json"
+    _forget_figures(path)
     partial = path.with_suffix(".partial")
     partial.write_text(record.to_json() + "\n", encoding="utf-8")
     partial.replace(path)
     return [path, *_write_figures(record, folder)]
+
+
+def _forget_figures(path: pathlib.Path) -> None:
+    """Remove the figures of the record that is about to be replaced, so that no two runs' lie side by side."""
+    try:
+        names = [panel["name"] for panel in json.loads(path.read_text(encoding="utf-8"))["panels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in names:
+        (path.parent / pathlib.Path(f"{name}.png").name).unlink(missing_ok=True)
 
 
 def _write_figures(record: Record, folder: pathlib.Path) -> Iterable[pathlib.Path]:

@@ -69,7 +69,8 @@ def test_an_out_that_is_not_empty_is_kept_unless_overwritten(small, tmp_path):
     done = jaxnet("experiment", "inference", "--out", folder, "--overwrite")
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "record.json").read_text())["name"] == "inference"
-    assert (folder / "loss_against_epoch.png").exists()
+    # The figures of the record that was replaced are gone with it.
+    assert {path.name for path in folder.iterdir()} == {"record.json", "activations.png"}
     file = tmp_path / "file"
     file.write_text("kept")
     fails("is a file; name a folder", "analyse", *SMALL, "--out", file)
@@ -92,6 +93,7 @@ def test_an_out_that_is_not_empty_is_kept_unless_overwritten(small, tmp_path):
         ("learning_rate: expected positive and finite", ("--learning-rate", "nan")),
         ("learning_rate: expected positive and finite", ("--learning-rate", "inf")),
         ("num_epochs", ("--num-epochs", 0)),
+        ("seed: expected a whole number", ("--seed", "99999999999999999999")),
         ("invalid literal", ("--batch-size", "many")),
         ("--nope", ("--nope", "3")),
     ],
@@ -143,6 +145,21 @@ def test_a_rate_that_diverges_says_where_and_keeps_its_history(tmp_path):
     assert "not finite at step" in run["stopped"]
     assert 1 < len(run["loss"]) < 61
     assert "diverged" in done.stdout
+
+
+def test_kinks_are_measured_in_double_precision(tmp_path):
+    path = tmp_path / "a.csv"
+    rng = np.random.default_rng(0)
+    rows = [f"{a:.4f},{b:.4f},{int(a * b > 0)}" for a, b in rng.normal(size=(60, 2))]
+    path.write_text("\n".join(["a,b,label", *rows]))
+    out = tmp_path / "out"
+    done = jaxnet(
+        "analyse", "--data", path, "--activation", "relu", "--widths", 16, 16, "--num-epochs", 2, "--batch-size", 8,
+        "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "record.json").read_text())["measurements"]["ladder"]
+    np.testing.assert_allclose(found["limit"], found["predicted"], rtol=0.02)
 
 
 def test_list_and_experiment(tmp_path):

@@ -43,6 +43,22 @@ def test_a_label_out_of_range_is_nan_and_not_another_class(bad):
     assert np.isnan(jax.grad(loss)(z)[1]).all()
 
 
+def test_labels_beyond_32_bits_do_not_wrap(x64):
+    values = losses.softmax_cross_entropy(jnp.zeros((3, 3)), jnp.array([2**32, 1 - 2**32, 1]))
+    assert np.isnan(values).tolist() == [True, True, False]
+
+
+def test_signs_are_no_probabilities():
+    values = losses.sigmoid_cross_entropy(jnp.zeros(4), jnp.array([-1.0, 1.0, 0.0, 3.0]))
+    assert np.isnan(values).tolist() == [True, False, False, True]
+
+
+def test_a_criterion_must_keep_the_examples_apart():
+    loss = losses.mean_loss(lambda p, x: x, lambda o, t: jnp.mean((o - t) ** 2))
+    with pytest.raises(ValueError, match=r"one value an example, \(6,\), got \(\)"):
+        loss(None, (jnp.ones((6, 1)), jnp.ones(6)))
+
+
 def test_sigmoid_cross_entropy_is_the_lectures_formula_and_finite_at_the_ends():
     z, y = jnp.array([-3.0, 0.2, 4.0]), jnp.array([0.0, 1.0, 1.0])
     p = 1 / (1 + np.exp(-np.asarray(z, np.float64)))
@@ -135,5 +151,7 @@ def test_accuracy_counts_hits():
     z = jnp.array([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]])
     np.testing.assert_allclose(losses.accuracy(apply, None, (z, jnp.array([0, 1, 1]))), 2 / 3)
     np.testing.assert_allclose(losses.accuracy(apply, None, (z, jax.nn.one_hot(jnp.array([0, 1, 1]), 2))), 2 / 3)
+    with pytest.raises(ValueError, match=r"labels \(N,\)"):
+        losses.accuracy(apply, None, (z, jnp.array([[0], [1], [1]])))
     with pytest.raises(ValueError, match=r"\(N, C\)"):
         losses.accuracy(apply, None, (z[:, 0], jnp.array([0, 1, 1])))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import bound
-from jaxnet.curvature.eigsh import search
+from jaxnet.curvature.eigsh import check_tolerance, search
 from jaxnet.curvature.operators import hessian
 
 
@@ -69,6 +69,7 @@ def sharpness(
     """
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability: expected a number in (0, 1), got {failure_probability}")
+    check_tolerance(tol)
     op = hessian(loss, params, batch)
     pairs, end = search(op, v0, key, tol, k=1, which="LA", max_matvecs=max_matvecs)
     value = pairs.values[0]

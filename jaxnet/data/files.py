@@ -29,6 +29,18 @@ def load(
       ValueError: the file cannot be read, an array or column is missing or not numeric, a value is NaN or
         infinite, or the lengths differ. The message names the problem and the mend.
     """
+    x, y = read(path, inputs=inputs, targets=targets, target=target)
+    for name, values in (("inputs", x), ("targets", y)):
+        if np.abs(values).max() > jnp.finfo(jnp.result_type(float)).max:
+            raise ValueError(f"{path}: {name} hold numbers too large for {jnp.result_type(float)}; rescale them")
+    whole = np.issubdtype(y.dtype, np.integer)
+    return jnp.asarray(x, jnp.result_type(float)), jnp.asarray(y, jnp.int32 if whole else jnp.result_type(float))
+
+
+def read(
+    path: str | pathlib.Path, *, inputs: str = "x", targets: str = "y", target: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`load` to NumPy arrays in double precision, as the file has them; whole targets are int64."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the path of an .npz or .csv file")
@@ -38,7 +50,7 @@ def load(
         x, y = _load_csv(path, target)
     else:
         raise ValueError(f"{path}: expected a file that ends in .npz or .csv")
-    if x.ndim < 2 or y.ndim < 1 or len(x) != len(y) or len(x) == 0:
+    if x.ndim < 2 or y.ndim < 1 or len(x) != len(y) or x.size == 0:
         raise ValueError(
             f"{path}: expected inputs (N, ...) and targets (N, ...) for N >= 1, got shapes {x.shape} and {y.shape}"
         )
@@ -50,7 +62,7 @@ def load(
                 f"{bad[0] + 1}; drop or fill them"
             )
     whole = np.all(y == np.round(y)) and np.abs(y).max() < 2**31
-    return jnp.asarray(x, jnp.result_type(float)), jnp.asarray(y, jnp.int32 if whole else jnp.result_type(float))
+    return x, y.astype(np.int64) if whole else y
 
 
 def _load_npz(path: pathlib.Path, inputs: str, targets: str) -> tuple[np.ndarray, np.ndarray]:
@@ -71,6 +83,8 @@ def _load_npz(path: pathlib.Path, inputs: str, targets: str) -> tuple[np.ndarray
             raise ValueError(f"{path}: holds Python objects; save plain numeric arrays") from error
         raise
     for name, values in ((inputs, x), (targets, y)):
+        if not isinstance(values, np.ndarray):
+            raise ValueError(f"{path}: {name!r} is not an array; write the archive with numpy.savez")
         if values.dtype.kind not in "biuf":
             raise ValueError(f"{path}: array {name!r} is not numeric but {values.dtype}; save it as numbers")
     return x.astype(np.float64), y.astype(np.float64)

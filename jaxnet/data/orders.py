@@ -1,5 +1,6 @@
 """Which examples each step of an epoch sees, as functions of a key."""
 
+import numbers
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -61,10 +62,15 @@ def batches(
     return iterate()
 
 
-def check_batch_size(batch_size: int, n: int) -> None:
-    """Raise unless 1 <= B <= N."""
-    if not 1 <= batch_size <= n:
+def check_batch_size(batch_size: int, n: int) -> int:
+    """B, if it is a whole number in 1…N.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral) or not 1 <= batch_size <= n:
         raise ValueError(f"batch_size: expected 1 to {n}, the number of examples, got {batch_size}")
+    return int(batch_size)
 
 
 def repeated(batch: ArrayTree, times: int) -> ArrayTree:

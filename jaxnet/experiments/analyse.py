@@ -14,7 +14,7 @@ from jaxnet import learning_rate, losses, record, training
 from jaxnet.contract import Array
 from jaxnet.curvature import sharpness
 from jaxnet.data.orders import check_batch_size
-from jaxnet.experiments.task import Task, TaskConfig, known, make_task
+from jaxnet.experiments.task import Task, TaskConfig, check_seed, known, make_task
 from jaxnet.learning_rate import Analysis, Ladder
 from jaxnet.record import Claim, Line, Panel, Record, Series
 
@@ -61,6 +61,7 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
     """
     known("optimizer", config.optimizer, OPTIMIZERS)
     known("dtype", config.dtype, ("float32", "float64"))
+    check_seed(config.seed)
     keys = jax.random.split(jax.random.key(config.seed), 5)
     progress("loading data", 0.0)
     task = make_task(config, key=keys[0])
@@ -204,7 +205,7 @@ def _train(
         sharpness=np.array([float(s.value) for s in seen]),
         num_matvecs=np.array([int(s.num_matvecs) for s in seen]),
         stopped=str(result.stopped),
-        diverged=result.stopped.reason == "diverged",
+        diverged=result.stopped.reason == "diverged" or not np.isfinite(history.metrics["loss"][-1]),
     )
 
 
@@ -261,10 +262,18 @@ def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> 
     if n < len(task.train[1]):
         value = sharpness(task.loss, task.params, batch, key=keys[0], tol=1e-4).value
     predicted = float(learning_rate.maximal(value))
-    ladder = learning_rate.measure_limits(task.loss, task.params, batch, predicted * STEPS_OF_LADDER, key=keys[1])
+    rates = predicted * STEPS_OF_LADDER
+    ladder = learning_rate.measure_limits(task.loss, task.params, batch, rates, key=keys[1])
+    sampling = f"gradient descent on {n} examples"
+    if np.isnan(float(ladder.limit)) and found.dtype == "float32":
+        # Kinks (relu) lie closer to ω₀ than single precision can start beside it.
+        with jax.enable_x64(True):
+            double = lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            params, batch = jax.tree.map(double, (task.params, batch))
+            ladder = learning_rate.measure_limits(task.loss, params, batch, rates, key=keys[1])
+        sampling += ", in float64"
     limit, error = float(ladder.limit), float(ladder.limit_error)
     high = float(ladder.plain_bracket[1])
-    sampling = f"gradient descent on {n} examples"
     rows = [
         *found.rows,
         (

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxnet.experiments import backprop, inference, one_dimension, one_epoch, overfitting, two_gaussians
-from jaxnet.experiments.task import known
+from jaxnet.experiments.task import check_seed, known
 from jaxnet.record import Record
 
 _MODULES = (inference, backprop, one_dimension, two_gaussians, one_epoch, overfitting)
@@ -42,6 +42,7 @@ def run(name: str, *, seed: int = 0, **config: Any) -> Record:
     """
     function: Callable[..., Record] = _BY_NAME[known("experiment", name, _BY_NAME)].run
     options = [option for option in inspect.signature(function).parameters if option != "seed"]
+    check_seed(seed)
     for option in config:
         known(f"option of experiment {name}", option, options)
     return function(seed=seed, **config)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxnet import data, losses, nn
 from jaxnet.contract import Array
+from jaxnet.data import files
 from jaxnet.losses import Apply, ChunkedLoss
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -41,6 +42,12 @@ def known(kind: str, name: str, names: Any) -> str:
     if name not in names:
         raise ValueError(f"unknown {kind} {name!r}: known are {', '.join(names)}")
     return name
+
+
+def check_seed(seed: int) -> None:
+    """Raise unless ``seed`` is one that `jax.random.key` tells from others."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected a whole number from 0 to 4294967295, got {seed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +143,7 @@ def _load(config: TaskConfig, key: Array) -> tuple[Pair, Pair | None]:
         raise ValueError(
             f"unknown data {config.data!r}: known are {', '.join(DATA)}, or the path of an .npz or .csv file"
         )
-    x, y = data.load(path, inputs=config.inputs, targets=config.targets, target=config.target)
+    x, y = files.read(path, inputs=config.inputs, targets=config.targets, target=config.target)
     n = len(x)
     if n < 3:
         raise ValueError(f"{path}: expected 3 examples or more, got {n}")
@@ -144,9 +151,14 @@ def _load(config: TaskConfig, key: Array) -> tuple[Pair, Pair | None]:
     num_train = n if n < 10 else n * 4 // 5
     train, test = order[:num_train], order[num_train:]
     if config.standardise:
+        # Before the cast: in single precision a column of large numbers is a constant.
         mean, scale = x[train].mean(axis=0), x[train].std(axis=0)
-        x = (x - mean) / jnp.where(scale > 0, scale, 1)
-    return (x[train], y[train]), ((x[test], y[test]) if test.size else None)
+        x = (x - mean) / np.where(scale > 1e-12 * np.abs(mean), scale, 1)
+    dtype = jnp.result_type(float)
+    if max(np.abs(x).max(), np.abs(y).max()) > jnp.finfo(dtype).max:
+        raise ValueError(f"{path}: holds numbers too large for {dtype}; rescale them, or use --dtype float64")
+    inputs, targets = jnp.asarray(x, dtype), jnp.asarray(y, jnp.int32 if y.dtype == np.int64 else dtype)
+    return (inputs[train], targets[train]), ((inputs[test], targets[test]) if test.size else None)
 
 
 def _criterion(config: TaskConfig, targets: np.ndarray) -> tuple[str, Callable[[Array], Array], int | None]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import Sharpness, sharpness
+from jaxnet.data.orders import check_batch_size
 from jaxnet.learning_rate.rates import NoisyCurvature, for_batch_size, maximal, noisy_curvature, optimal
 from jaxnet.per_example import NoiseScale, noise_scale
 
@@ -46,16 +47,21 @@ class Analysis:
         return maximal(self.sharpness.upper_bound)
 
     def rate(self, batch_size: int | None) -> Array:
-        """η(B) = min(1/λ_max, ε_max)/(1 + B_noise/B), the rate to train at; None is the full batch's 1/λ_max.
+        """The rate to train at: 1/λ_max for the full batch (None), else min(1/λ_max, ε_max)/(1 + B_noise/B).
 
+        For batches of these N examples without replacement, (N − B)/(B(N − 1)) stands in place of 1/B.
         McCandlish's ε_max is best for one step along the gradient, and can lie beyond 2/λ_max, where a run of steps is
         unstable: for a run, 1/λ_max caps it.
+
+        Raises:
+          ValueError: B is not in 1…N.
         """
         if batch_size is None:
             return self.optimal
+        check_batch_size(batch_size, self.num_examples)
         # Where g·Hg is negative there is no greedy rate, and the cap alone decides.
         largest = jnp.fmin(self.optimal, self.curvature.greedy)
-        return for_batch_size(largest, self._noise_in_examples, batch_size)
+        return for_batch_size(largest, self._noise_in_examples, batch_size, num_examples=self.num_examples)
 
     @property
     def _noise_in_examples(self) -> Array:

@@ -83,6 +83,7 @@ def measure_limits(
       A `Ladder`.
 
     Raises:
+      TypeError: the params are in half precision.
       ValueError: the rates are not ascending, positive and finite, or fewer than 3.
 
     Reference:
@@ -95,7 +96,9 @@ def measure_limits(
         raise ValueError(f"rates: expected 3 or more positive numbers in ascending order, got {rates}")
     if not np.isfinite(values).all():
         raise ValueError(f"rates: expected finite numbers, got {rates}")
-    dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
+    dtype = jnp.result_type(*jax.tree.leaves(params))
+    if jnp.finfo(dtype).eps > jnp.finfo(jnp.float32).eps:
+        raise TypeError(f"params: the differences of gradients need float32 or float64, got {dtype}")
     along, plain = _ladder(
         loss,
         params,

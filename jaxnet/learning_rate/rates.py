@@ -156,19 +156,28 @@ def noisy_curvature(
     )
 
 
-def for_batch_size(rate: Array | float, noise_scale: Array | float, batch_size: Array | int) -> Array:
+def for_batch_size(
+    rate: Array | float, noise_scale: Array | float, batch_size: Array | int, *, num_examples: int | None = None
+) -> Array:
     """η(B) = ε_max/(1 + B_noise/B): proportional to B for small batches, ε_max for large ones.
 
     Args:
       rate: ε_max, the best rate without noise.
       noise_scale: B_noise, in examples; see `noisy_curvature`.
       batch_size: B >= 1, or several.
+      num_examples: N, where batches are drawn from N examples without replacement: (N − B)/(B(N − 1)) then replaces
+        1/B, so that the whole set has no noise.
 
     Returns:
-      The rate for each B; NaN where ``rate`` or ``noise_scale`` is NaN, or the noise is negative.
+      The rate for each B; NaN where ``rate`` or ``noise_scale`` is NaN, the noise is negative, or B is below 1 or
+      above N.
 
     Reference:
       McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, eq. 2.6.
     """
-    noise_scale = jnp.asarray(noise_scale)
-    return jnp.where(noise_scale < 0, jnp.nan, rate / (1 + noise_scale / jnp.asarray(batch_size)))
+    noise_scale, size = jnp.asarray(noise_scale), jnp.asarray(batch_size)
+    share = 1 / size
+    if num_examples is not None and num_examples > 1:
+        share = share * (num_examples - size) / (num_examples - 1)
+    known = (noise_scale >= 0) & (size >= 1) & (share >= 0)
+    return jnp.where(known, rate / (1 + noise_scale * share), jnp.nan)

@@ -7,7 +7,7 @@ and training is a loop; patches and a product run at the same speed everywhere.
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import jax
@@ -18,14 +18,14 @@ from jaxnet.contract import Array, ArrayTree
 from jaxnet.nn.dense import lecun_normal, zeros
 from jaxnet.nn.layer import Layer, Shape, _no_params, layer_maker
 
-Pair = int | tuple[int, int]
+Pair = int | Sequence[int]
 
 
 def _pair(name: str, value: Pair) -> tuple[int, int]:
-    height, width = (value, value) if isinstance(value, int) else value
+    height, width = value if isinstance(value, Sequence) else (value, value)
     if height < 1 or width < 1:
         raise ValueError(f"{name}: expected positive sizes, got {value}")
-    return height, width
+    return int(height), int(width)
 
 
 def _check_image(name: str, shape: Shape, window: tuple[int, int]) -> None:

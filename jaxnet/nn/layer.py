@@ -1,6 +1,7 @@
 """The layer: two pure functions, and the ways to put layers together."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, Protocol
 
@@ -41,15 +42,17 @@ class Layer(NamedTuple):
 
 def layer_maker(make: Callable[P, Layer]) -> Callable[P, Layer]:
     """Let equal arguments give the very same layer, so that losses made from equal networks share a compilation."""
-    remembered = functools.cache(make)
+    signature, remembered = inspect.signature(make), functools.cache(make)
 
     @functools.wraps(make)
     def maker(*args: P.args, **kwargs: P.kwargs) -> Layer:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
         try:
-            hash((args, tuple(kwargs.values())))
+            hash((call.args, tuple(call.kwargs.values())))
         except TypeError:
             return make(*args, **kwargs)
-        return remembered(*args, **kwargs)  # type: ignore[arg-type]
+        return remembered(*call.args, **call.kwargs)
 
     return maker
 

@@ -85,14 +85,23 @@ class PerExampleGradients:
         norms = self.norms()
         return self.weighted_sum(jnp.minimum(1, max_norm / jnp.where(norms > 0, norms, 1)) / self.num_examples)
 
+    def distances(self, tree: ArrayTree) -> Array:
+        """‖g_n − v‖ over all leaves, for a vector v like params, (N,)."""
+        return self._map(lambda g: optax.tree.norm(optax.tree.sub(g, tree)))
+
     def second_moment(self) -> ArrayTree:
         """(1/N) Σ g_n², elementwise, like params."""
+        total = self._sum_of_squares(jax.tree.map(jnp.zeros_like, self.params))
+        return jax.tree.map(lambda x: x / self.num_examples, total)
+
+    def _sum_of_squares(self, centre: ArrayTree) -> ArrayTree:
+        """Σ (g_n − centre)², elementwise, a chunk of examples at a time."""
         n = self.num_examples
         size = min(_AT_ONCE, n)
 
         def summed(examples: ArrayTree) -> ArrayTree:
             grads = jax.vmap(self._gradient)(examples)
-            return jax.tree.map(lambda g: jnp.square(g).sum(axis=0), grads)
+            return jax.tree.map(lambda g, c: jnp.square(g - c).sum(axis=0), grads, centre)
 
         whole = n // size * size
         chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), self.batch)
@@ -101,7 +110,7 @@ class PerExampleGradients:
         if whole < n:
             rest = summed(jax.tree.map(lambda x: x[whole:], self.batch))
             total = jax.tree.map(jnp.add, total, rest)
-        return jax.tree.map(lambda x: x / n, total)
+        return total
 
     def variance(self) -> ArrayTree:
         """Σ (g_n − ḡ)²/(N − 1), elementwise and unbiased, like params.
@@ -112,8 +121,7 @@ class PerExampleGradients:
         n = self.num_examples
         if n < 2:
             raise ValueError("variance: expected two examples or more, got 1")
-        spread = lambda second, mean: jnp.maximum(second - jnp.square(mean), 0) * (n / (n - 1))
-        return jax.tree.map(spread, self.second_moment(), self.mean())
+        return jax.tree.map(lambda x: x / (n - 1), self._sum_of_squares(self.mean()))
 
     def gram(self) -> Array:
         """g_n·g_m, (N, N)."""

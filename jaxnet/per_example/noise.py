@@ -61,17 +61,15 @@ def noise_scale(loss: Loss, params: ArrayTree, batch: ArrayTree) -> NoiseScale:
 def _noise_scale(loss: Loss, params: ArrayTree, batch: ArrayTree) -> NoiseScale:
     grads = gradients(loss, params, batch)
     n, mean = grads.num_examples, grads.mean()
-    squares, along = jnp.square(grads.norms()), grads.vdot(mean)
     mean_squared = optax.tree.norm(mean, squared=True)
-
-    def estimates(total: Array, square_of_mean: Array, count: int) -> tuple[Array, Array]:
-        trace = (total - count * square_of_mean) / (count - 1)
-        return trace, square_of_mean - trace / count
-
-    trace, gradient_squared = estimates(squares.sum(), mean_squared, n)
+    # Deviations e_n = g_n − ḡ, not g_n themselves: |g_n|² − |ḡ|² would cancel where the gradients are alike.
+    squares, along = jnp.square(grads.distances(mean)), grads.vdot(mean) - mean_squared
+    trace = squares.sum() / (n - 1)
+    gradient_squared = mean_squared - trace / n
     # The same two numbers with each example left out in turn, in closed form.
-    mean_without = (n**2 * mean_squared - 2 * n * along + squares) / (n - 1) ** 2
-    trace_without, squared_without = estimates(squares.sum() - squares, mean_without, n - 1)
+    mean_without = mean_squared - 2 * along / (n - 1) + squares / (n - 1.0) ** 2
+    trace_without = (squares.sum() - squares * (n / (n - 1))) / (n - 2)
+    squared_without = mean_without - trace_without / (n - 1)
     deviation = lambda x: jnp.sqrt((n - 1) / n * jnp.square(x - x.mean()).sum())
     return NoiseScale(
         value=trace / gradient_squared,

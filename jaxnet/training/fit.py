@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +47,8 @@ class Stopped(NamedTuple):
     Attributes:
       reason: "num_epochs", "loss_below", "patience" or "diverged".
       epoch: epochs done.
-      step: iterations done; of a run that diverged, the first step (from 1) whose loss was not finite.
+      step: iterations done; of a run that diverged, the first step (from 1) whose loss before it, or params after
+        it, were not finite.
     """
 
     reason: str
@@ -59,7 +61,7 @@ class Stopped(NamedTuple):
             "num_epochs": f"ran all its epochs, to step {self.step}",
             "loss_below": f"the loss was small enough after epoch {self.epoch}, step {self.step}",
             "patience": f"the validation loss had stopped improving by epoch {self.epoch}, step {self.step}",
-            "diverged": f"diverged: the loss was not finite at step {self.step}, in epoch {self.epoch}",
+            "diverged": f"diverged: loss or params were not finite at step {self.step}, in epoch {self.epoch}",
         }[self.reason]
 
 
@@ -123,8 +125,8 @@ def fit(
 
     Args:
       loss: ``loss(params, batch) -> scalar``, a mean over the batch.
-      start: params, or a `TrainState` to go on from. The data's order is a function of (key, step), so a run
-        that goes on with the same key is the same run.
+      start: params, or a `TrainState` at the end of an epoch to go on from. The data's order is a function of (key,
+        step), so a run that goes on with the same key and batch size is the same run; ``stop`` and ``best`` begin anew.
       data: a pytree of arrays with a leading axis N.
       make_optimizer: the maker, such as `optax.sgd`: called with the rate, inside the compiled program.
       learning_rate: a positive number, or an optax schedule (which is compiled in).
@@ -155,6 +157,7 @@ def fit(
         state = start
     else:
         state = init_state(start, make_optimizer(learning_rate))
+    _check_resumed(state, plan, contract.num_examples(data))
     rate = jnp.zeros(()) if plan.schedule else _check_rates(learning_rate, state.params)
     if jnp.ndim(rate):
         raise ValueError(f"learning_rate: expected one number, got shape {jnp.shape(rate)}; see sweep for several")
@@ -220,6 +223,8 @@ def sweep(
     """
     if (key is None) == (keys is None):
         raise ValueError("sweep: expected either key, one for all runs, or keys, one a run")
+    if isinstance(start, TrainState):
+        raise TypeError("start: expected params, got a TrainState; sweep begins with a fresh optimizer at each rate")
     contract.check_params(start)
     start = jax.tree.map(jnp.asarray, start)
     rates = _check_rates(learning_rates, start)
@@ -264,9 +269,9 @@ def _plan(
 ) -> program.Plan:
     n = contract.num_examples(data)
     if batch_size is not None:
-        check_batch_size(batch_size, n)
-    if num_epochs < 1:
-        raise ValueError(f"num_epochs: expected 1 or more, got {num_epochs}")
+        batch_size = check_batch_size(batch_size, n)
+    if not isinstance(num_epochs, numbers.Integral) or num_epochs < 1:
+        raise ValueError(f"num_epochs: expected a whole number from 1 on, got {num_epochs}")
     if not callable(make_optimizer):
         raise TypeError(
             "make_optimizer: expected a maker such as optax.sgd, to be called with the learning rate, got "
@@ -279,11 +284,28 @@ def _plan(
 
 
 def _check_rates(rates: Any, params: ArrayTree) -> Array:
-    values = np.asarray(rates, dtype=np.float64)
-    if not (np.isfinite(values).all() and (values > 0).all()):
-        raise ValueError(f"learning_rate: expected positive and finite, got {rates}")
+    if callable(rates):
+        raise TypeError("learning_rates: expected numbers, got a function; a schedule is for fit")
     # One dtype for every kind of number, so that a Python float and a computed rate share a compilation.
-    return jnp.asarray(values, jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32))
+    dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        values = np.asarray(rates, dtype=np.float64).astype(dtype)
+    if not (values.size and np.isfinite(values).all() and (values > 0).all()):
+        raise ValueError(f"learning_rate: expected positive and finite in {dtype}, got {rates}")
+    return jnp.asarray(values)
+
+
+def _check_resumed(state: TrainState, plan: program.Plan, n: int) -> None:
+    wanted = jax.eval_shape(plan.make_optimizer(plan.schedule or 1.0).init, state.params)
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, state.opt_state)]
+    if structures[0] != structures[1]:
+        raise ValueError("start: its opt_state belongs to another optimizer; go on with the same, or from start.params")
+    steps = plan.steps_per_epoch(n)
+    if int(state.step) % steps:
+        raise ValueError(
+            f"start: its step {int(state.step)} is not at the end of an epoch of {steps} steps; go on with the batch "
+            "size that it was made with, or from start.params"
+        )
 
 
 def _check_stop(stop: StopRule | None, validation: ArrayTree | None) -> StopRule:
@@ -309,5 +331,7 @@ def _stopped(code: int, history: History) -> Stopped:
     epoch, step = int(history.epoch[-1]), int(history.step[-1])
     if reason == "diverged":
         steps = history.step_loss.shape[1]
-        step += 1 - steps + int(np.argmax(~np.isfinite(history.step_loss[-1])))
+        bad = ~np.isfinite(history.step_loss[-1])
+        # Where every loss was finite, the params stopped being so after the last step.
+        step += 1 - steps + int(np.argmax(bad)) if bad.any() else 0
     return Stopped(reason, epoch, step)

@@ -77,7 +77,7 @@ class Rows(NamedTuple):
 
 def begin(state: TrainState, has_validation: bool) -> Progress:
     """The progress before the first epoch."""
-    dtype = jnp.result_type(*jax.tree.leaves(state.params))
+    dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(state.params)), jnp.float32)
     return Progress(
         state=state,
         best_params=state.params if has_validation else None,
@@ -95,7 +95,8 @@ def _epoch(
     n = contract.num_examples(data)
     size = n if plan.batch_size is None else plan.batch_size
     update = make_update(plan.loss, plan.make_optimizer(plan.schedule or rate))
-    order_key, augment_key = jax.random.split(key)
+    # The order folds epochs into the key; no run gets as far as this number.
+    augment_key = jax.random.fold_in(key, 2**31 - 1)
 
     def step(state: TrainState, rows: Array | None) -> tuple[TrainState, Array]:
         batch = data if rows is None else jax.tree.map(lambda x: x[rows], data)
@@ -104,10 +105,10 @@ def _epoch(
         state, metrics = update(state, batch)
         return state, metrics["loss"]
 
-    if size == n:
+    if plan.batch_size is None:
         state, loss = step(state, None)
         return state, loss[None]
-    indices = plan.order(order_key, epoch, n)
+    indices = plan.order(key, epoch, n)
     whole = n // size
     # Two steps an iteration: a step of one example costs little more than the loop around it.
     state, losses = lax.scan(step, state, indices[: whole * size].reshape(whole, size), unroll=2)
@@ -134,26 +135,22 @@ def run(
     contract.check(plan.loss, progress.state.params, plan.augment(key, data) if plan.augment else data)
     n = contract.num_examples(data)
     steps = plan.steps_per_epoch(n)
-    counts = (
-        jnp.full(steps, n if plan.batch_size is None else plan.batch_size)
-        .at[-1]
-        .set(n if plan.batch_size is None else n - (steps - 1) * plan.batch_size)
-    )
+    size = n if plan.batch_size is None else plan.batch_size
+    # Each step's share of the epoch's examples, in a precision that sums thousands of losses.
+    shares = jnp.full(steps, size / n, progress.best_loss.dtype).at[-1].set((n - (steps - 1) * size) / n)
 
     def one_epoch(progress: Progress) -> tuple[Progress, Rows]:
         state, losses = _epoch(plan, progress.state, rate, data, key, progress.state.step // steps)
-        loss = jnp.sum(losses * counts.astype(losses.dtype)) / n
+        loss = jnp.vdot(shares, losses.astype(shares.dtype))
         progress = progress._replace(state=state)
         code = jnp.where(loss < stop.loss_below, LOSS_BELOW, RUNNING)
         held_out = {}
         if validation is not None:
-            held_out = {
-                "loss": plan.loss(state.params, validation),
-                **_evaluate(plan, state.params, validation),
-            }
+            held_out = {**_evaluate(plan, state.params, validation), "loss": plan.loss(state.params, validation)}
             progress = _keep_best(progress, held_out["loss"], state.step // steps)
             code = jnp.where((code == RUNNING) & (progress.waited >= stop.patience), PATIENCE, code)
-        code = jnp.where(jnp.isfinite(losses).all(), code, DIVERGED).astype(jnp.int32)
+        finite = [jnp.isfinite(x).all() for x in (losses, *jax.tree.leaves(state.params))]
+        code = jnp.where(jnp.stack(finite).all(), code, DIVERGED).astype(jnp.int32)
         return progress._replace(code=code), Rows(loss, losses, _evaluate(plan, state.params, data), held_out)
 
     def body(carry: tuple[Array, Progress, Rows]) -> tuple[Array, Progress, Rows]:

@@ -70,6 +70,16 @@ def test_a_warm_start_has_no_certificate():
     assert int(warm.num_matvecs) < int(cold.num_matvecs)
 
 
+def test_a_warm_start_finds_an_eigenvalue_that_has_overtaken():
+    """E = ½w₀²w₂ + ½w₁²(3 − w₂): following w₀'s eigenvector, which stays exact while w₁'s becomes the larger."""
+    loss = lambda w, b: b.mean() * (0.5 * w[0] ** 2 * w[2] + 0.5 * w[1] ** 2 * (3 - w[2]))
+    vector = jnp.array([1.0, 0, 0])
+    for w2 in (2.0, 1.8, 1.2, 1.0):
+        found = curvature.sharpness(loss, jnp.array([0, 0, w2]), jnp.ones(2), key=KEY, v0=vector)
+        np.testing.assert_allclose(found.value, max(w2, 3 - w2), rtol=1e-3)
+        vector = found.vector
+
+
 def test_flat_and_broken_losses_come_back_as_data():
     flat = curvature.sharpness(lambda p, b: 0 * p.sum() * b.mean(), jnp.ones(5), jnp.ones(2), key=KEY)
     assert flat.value == 0
@@ -95,6 +105,9 @@ def test_a_second_call_with_new_params_and_batch_traces_nothing():
 
 
 def test_bad_arguments():
+    for tol in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="tol: expected a positive number"):
+            curvature.sharpness(diagonal_loss, jnp.ones(3), jnp.ones((1, 3)), key=KEY, tol=tol)
     for probability in (0.0, 1.0, float("nan")):
         with pytest.raises(ValueError, match="failure_probability"):
             curvature.sharpness(diagonal_loss, jnp.ones(3), jnp.ones((1, 3)), key=KEY, failure_probability=probability)

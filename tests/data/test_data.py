@@ -1,9 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jaxnet import data
+from jaxnet import data, training
 
 KEY = jax.random.key(3)
 
@@ -81,6 +82,17 @@ def test_orders_are_functions_of_the_key_and_the_epoch():
     assert drawn.max() < 1000
     # With replacement 1/e of the examples are left out.
     np.testing.assert_allclose(len(np.unique(drawn)) / 1000, 1 - np.exp(-1), atol=0.04)
+
+
+def test_batches_are_those_of_fit():
+    batch = data.two_gaussians_exact(20)
+    loss = lambda w, b: jnp.mean(0.5 * (b[0] @ w - b[1]) ** 2)
+    w = jnp.zeros(2)
+    for epoch in range(2):
+        for part in data.batches(batch, 3, key=KEY, epoch=epoch):
+            w = w - 0.2 * jax.grad(loss)(w, part)
+    fitted = training.fit(loss, jnp.zeros(2), batch, optax.sgd, learning_rate=0.2, batch_size=3, num_epochs=2, key=KEY)
+    np.testing.assert_allclose(fitted.state.params, w, rtol=1e-5)
 
 
 def test_batches_cover_the_data():

@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -75,6 +77,17 @@ def test_other_malformed_files(tmp_path):
         data.load(tmp_path / "a.npz", targets="z")
     with pytest.raises(ValueError, match="'words' is not numeric"):
         data.load(tmp_path / "a.npz", targets="words")
+    with zipfile.ZipFile(tmp_path / "raw.npz", "w") as archive:
+        archive.writestr("x", "text")
+        archive.writestr("y", "text")
+    with pytest.raises(ValueError, match="'x' is not an array"):
+        data.load(tmp_path / "raw.npz")
+    np.savez(tmp_path / "empty.npz", x=np.ones((3, 0)), y=np.ones(3))
+    with pytest.raises(ValueError, match="expected inputs"):
+        data.load(tmp_path / "empty.npz")
+    np.savez(tmp_path / "big.npz", x=np.full((3, 1), 1e39), y=np.ones(3))
+    with pytest.raises(ValueError, match="too large for float32"):
+        data.load(tmp_path / "big.npz")
     np.savez(tmp_path / "o.npz", x=np.array([{}, {}]), y=np.ones(2))
     with pytest.raises(ValueError, match="Python objects"):
         data.load(tmp_path / "o.npz")

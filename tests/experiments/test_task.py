@@ -57,6 +57,14 @@ def test_a_csv_is_standardised_by_its_training_part(tmp_path):
     np.testing.assert_array_equal(raw.train[0][:, 1], 7)
 
 
+def test_a_column_of_large_numbers_is_standardised_before_it_is_rounded(tmp_path):
+    rows = [f"{1.7e12 + i:.0f},{i % 2}" for i in range(40)]
+    (tmp_path / "a.csv").write_text("\n".join(["time,label", *rows]))
+    made = task(data=str(tmp_path / "a.csv"), widths=(3,))
+    np.testing.assert_allclose(made.train[0].std(), 1, rtol=1e-5)
+    assert len(np.unique(made.train[0])) == 32
+
+
 def test_plain_numbers_are_regression(tmp_path):
     made = task(data=write(tmp_path / "a.csv", [0.5, 1.25, 3.0, -2.0, 0.1]), widths=(3,))
     assert not made.labelled

@@ -35,6 +35,12 @@ def test_the_rate_grows_with_the_batch_up_to_the_full_one(analysed):
     np.testing.assert_allclose(rates[1] / rates[0], 4, rtol=0.3)
 
 
+@pytest.mark.parametrize("batch_size", [0, -5, 301])
+def test_a_batch_has_one_to_n_examples(analysed, batch_size):
+    with pytest.raises(ValueError, match="batch_size: expected 1 to 300"):
+        analysed[-1].rate(batch_size)
+
+
 def test_it_prints_as_a_table_and_crosses_jit(analysed):
     found = analysed[-1]
     text = str(found)

@@ -46,6 +46,11 @@ def test_a_ladder_that_does_not_hold_the_limit_says_nan():
     assert np.isnan(ladder.plain_bracket[1])
 
 
+def test_half_precision_is_refused():
+    with pytest.raises(TypeError, match="float32 or float64"):
+        learning_rate.measure_limits(quadratic, jnp.ones(4, jnp.bfloat16), jnp.eye(4), [0.1, 0.2, 0.3], key=KEY)
+
+
 @pytest.mark.parametrize("rates", [[0.1, 0.2], [0.2, 0.1, 0.3], [0.0, 0.1, 0.2], [0.1, 0.2, float("inf")], 0.1])
 def test_bad_ladders(rates):
     with pytest.raises(ValueError, match="rates: expected"):

@@ -93,6 +93,8 @@ def test_for_batch_size_has_its_two_ends():
     rates = learning_rate.for_batch_size(2.0, 10.0, jnp.array([1, 10, 10**9]))
     np.testing.assert_allclose(rates, [2 / 11, 1.0, 2.0], rtol=1e-6)
     assert jnp.isnan(learning_rate.for_batch_size(2.0, -1.0, 4))
+    finite = learning_rate.for_batch_size(2.0, 10.0, jnp.array([0, 1, 50, 100, 101]), num_examples=100)
+    np.testing.assert_allclose(finite, [np.nan, 2 / 11, 2 / (1 + 10 * 50 / (50 * 99)), 2.0, np.nan], rtol=1e-6)
 
 
 def test_one_example_shows_no_noise():

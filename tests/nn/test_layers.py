@@ -119,6 +119,8 @@ def test_residual_adds_and_refuses_another_shape():
 
 def test_equal_networks_are_the_same_network():
     assert nn.mlp([3, 2], activation=jnp.sin) is nn.mlp((3, 2), activation=jnp.sin)
+    assert nn.dense(3) is nn.dense(features=3) is nn.dense(3, use_bias=True)
+    assert nn.max_pool(np.int64(2)).apply((), jnp.ones((1, 4, 4, 1))).shape == (1, 2, 2, 1)
     assert nn.lenet(10).apply is not nn.lenet(5).apply
     assert nn.conv(3, [2, 2]).init(KEY, (4, 4, 1))["kernel"].shape == (2, 2, 1, 3)
 

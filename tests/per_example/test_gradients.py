@@ -52,6 +52,7 @@ def test_every_method_against_the_definition(problem, rows):
     v = optax.tree.random_like(jax.random.key(1), params, jax.random.normal)
     close(grads.vdot(v), rows @ flat(v))
     close(grads.cosine(v), rows @ flat(v) / np.linalg.norm(rows, axis=1) / np.linalg.norm(flat(v)))
+    close(grads.distances(v), np.linalg.norm(rows - flat(v), axis=1))
     bound = float(np.median(np.linalg.norm(rows, axis=1)))
     factors = np.minimum(1, bound / np.linalg.norm(rows, axis=1))
     close(flat(grads.clipped_mean(bound)), (factors[:, None] * rows).mean(axis=0))

@@ -47,6 +47,21 @@ def test_a_gradient_lost_in_noise_is_told():
     assert not bool(per_example.noise_scale(linear, jnp.zeros(50), rows).resolved)
 
 
+def test_gradients_that_are_alike_do_not_cancel():
+    rows = 1000 + 0.05 * jax.random.normal(jax.random.key(2), (100, 3))
+    found = per_example.noise_scale(linear, jnp.zeros(3), rows)
+    exact = np.asarray(rows, np.float64)
+    np.testing.assert_allclose(found.trace, exact.var(axis=0, ddof=1).sum(), rtol=1e-2)
+    spread = per_example.gradients(linear, jnp.zeros(3), rows).variance()
+    np.testing.assert_allclose(spread, exact.var(axis=0, ddof=1), rtol=1e-2)
+
+
+def test_many_examples_do_not_overflow_a_count():
+    rows = jax.random.normal(jax.random.key(3), (50_000, 2)) + 1
+    found = per_example.noise_scale(linear, jnp.zeros(2), rows)
+    np.testing.assert_allclose(found.value, 1.0, rtol=0.05)
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_too_few_examples_are_refused(n):
     with pytest.raises(ValueError, match="3 examples or more"):

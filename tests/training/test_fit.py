@@ -30,10 +30,9 @@ def test_fit_is_the_loop_written_out(batch_size):
     result = run(batch_size=batch_size)
     optimizer = optax.sgd(0.1)
     update, state = jax.jit(training.make_update(LOSS, optimizer)), training.init_state(PARAMS, optimizer)
-    order_key, _ = jax.random.split(KEY)
     for epoch in range(3):
         values, sizes = [], []
-        for batch in data.batches(DATA, batch_size or 20, key=order_key, epoch=epoch):
+        for batch in data.batches(DATA, batch_size or 20, key=KEY, epoch=epoch):
             state, metrics = update(state, batch)
             values.append(float(metrics["loss"]))
             sizes.append(len(batch[1]))
@@ -159,6 +158,45 @@ def test_a_run_that_diverges_says_at_which_step_and_keeps_its_history():
     assert f"step {expected}" in str(result.stopped)
 
 
+def test_a_divergence_in_the_very_last_step_is_told_too():
+    batch = (jnp.full(4, 1e30),)
+    result = training.fit(
+        parabola, jnp.float32(1.0), batch, optax.sgd, learning_rate=1e30, batch_size=None, num_epochs=1, key=KEY
+    )
+    assert np.isfinite(result.history.step_loss).all()
+    assert result.stopped == ("diverged", 1, 1)
+
+
+def test_half_precision_averages_its_epoch_in_single():
+    loss = lambda p, b: 100 + 0 * p * b.mean().astype(p.dtype)
+    result = training.fit(
+        loss, jnp.float16(1.0), jnp.ones(3000), optax.sgd, learning_rate=0.1, batch_size=7, num_epochs=1, key=KEY
+    )
+    np.testing.assert_allclose(result.history.loss, 100, rtol=1e-6)
+
+
+def test_an_order_is_kept_for_batches_of_all_examples():
+    drawn = run(batch_size=20, order=data.independent, num_epochs=1)
+    rows = data.independent(KEY, 0, 20)
+    expected = jax.grad(LOSS)(PARAMS, jax.tree.map(lambda x: x[rows], DATA))
+    moved = jax.tree.map(lambda p, g: p - 0.1 * g, PARAMS, expected)
+    chex.assert_trees_all_close(drawn.state.params, moved, rtol=1e-5, atol=1e-6)
+
+
+def test_best_goes_by_the_loss_whatever_a_metric_is_called():
+    result = run(batch_size=6, validation=DATA, metrics={"loss": lambda p, b: jnp.float32(7.0)})
+    np.testing.assert_allclose(result.best.loss, result.history.validation["loss"].min())
+    np.testing.assert_allclose(result.history.validation["loss"][-1], LOSS(result.state.params, DATA), rtol=1e-6)
+
+
+def test_a_state_that_does_not_fit_the_run_is_refused():
+    state = run(batch_size=6, num_epochs=1).state
+    with pytest.raises(ValueError, match="step 4 is not at the end of an epoch of 20 steps"):
+        fit(state, DATA, optax.sgd, learning_rate=0.1, batch_size=1, num_epochs=1)
+    with pytest.raises(ValueError, match="another optimizer"):
+        fit(state, DATA, optax.adam, learning_rate=0.1, batch_size=6, num_epochs=1)
+
+
 def test_dropout_through_augment_is_random_and_reproducible():
     model = nn.serial(nn.dense(16), nn.dropout(0.5), nn.dense(3))
     loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
@@ -179,7 +217,7 @@ def test_a_schedule_is_followed():
         training.init_state(PARAMS, optax.sgd(schedule)),
     )
     for epoch in range(3):
-        for batch in data.batches(DATA, 5, key=jax.random.split(KEY)[0], epoch=epoch):
+        for batch in data.batches(DATA, 5, key=KEY, epoch=epoch):
             state, _ = update(state, batch)
     chex.assert_trees_all_close(scheduled.state.params, state.params, rtol=1e-5)
 
@@ -231,6 +269,10 @@ def test_a_run_of_a_sweep_diverges_by_itself():
         ({"batch_size": 21}, ValueError, "batch_size: expected 1 to 20"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"num_epochs": 0}, ValueError, "num_epochs"),
+        ({"num_epochs": 2.5}, ValueError, "num_epochs"),
+        ({"batch_size": 2.5}, ValueError, "batch_size"),
+        ({"learning_rate": 1e39}, ValueError, "positive and finite in float32"),
+        ({"learning_rate": 1e-60}, ValueError, "positive and finite in float32"),
         ({"learning_rate": 0.0}, ValueError, "positive and finite"),
         ({"learning_rate": -1}, ValueError, "positive and finite"),
         ({"learning_rate": float("nan")}, ValueError, "positive and finite"),
@@ -256,3 +298,12 @@ def test_sweep_wants_one_kind_of_key():
         call(learning_rates=[0.1])
     with pytest.raises(ValueError, match="one axis"):
         call(learning_rates=0.1, key=KEY)
+    with pytest.raises(ValueError, match="positive and finite"):
+        call(learning_rates=[], key=KEY)
+    with pytest.raises(TypeError, match="schedule is for fit"):
+        call(learning_rates=optax.constant_schedule(0.1), key=KEY)
+    with pytest.raises(TypeError, match="got a TrainState"):
+        training.sweep(
+            LOSS, training.init_state(PARAMS, optax.sgd(0.1)), DATA, optax.sgd, learning_rates=[0.1], batch_size=5,
+            num_epochs=1, key=KEY,
+        )  # fmt: skip
