@@ -32,7 +32,7 @@ def test_dense_starts_at_variance_one_over_inputs():
     np.testing.assert_allclose(kernel.var(), 1 / 100, rtol=0.03)
 
 
-@hypothesis.settings(deadline=None, max_examples=15)
+@hypothesis.settings(deadline=None, max_examples=10)
 @hypothesis.given(
     st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.sampled_from(["SAME", "VALID"]),
     st.integers(4, 9), st.integers(4, 9),
