@@ -1,6 +1,7 @@
 """Records to tables on a terminal and files in a folder."""
 
 import json
+import math
 import pathlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,9 @@ def tables(record: Record) -> "list[Table]":
 
 
 def _number(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.5g}"
+    return str(value)
 
 
 def write(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:

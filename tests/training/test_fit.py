@@ -172,7 +172,7 @@ def test_half_precision_averages_its_epoch_in_single():
     result = training.fit(
         loss, jnp.float16(1.0), jnp.ones(3000), optax.sgd, learning_rate=0.1, batch_size=7, num_epochs=1, key=KEY
     )
-    np.testing.assert_allclose(result.history.loss, 100, rtol=1e-6)
+    np.testing.assert_allclose(result.history.loss, 100, rtol=1e-4)
 
 
 def test_an_order_is_kept_for_batches_of_all_examples():
