@@ -5,6 +5,7 @@ Each criterion maps outputs and targets of N examples to N values; where an exam
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -153,26 +154,28 @@ class ChunkedLoss:
 
     def __call__(self, params: ArrayTree, batch: ArrayTree) -> Array:
         """The same mean over the batch's N examples, a scalar."""
-        n = num_examples(batch)
-        if n <= self.size:
-            return self.loss(params, batch)
-        whole = n // self.size * self.size
-        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, self.size, *x.shape[1:]), batch)
         # Rematerialised, so that the backward pass holds one chunk's intermediates and not all of them.
         one = jax.checkpoint(self.loss)
+        return self.mean_over_chunks(lambda chunk: one(params, chunk), batch)
 
-        def add(total: Array, chunk: ArrayTree) -> tuple[Array, None]:
-            return total + self.size / n * one(params, chunk), None
+    def mean_over_chunks(self, mean_of_chunk: Callable[[Any], Any], batch: Any) -> Any:
+        """Σ_c (N_c/N) mean_of_chunk(chunk c), for any mean over examples, a pytree."""
+        n = num_examples(batch)
+        if n <= self.size:
+            return mean_of_chunk(batch)
+        whole = n // self.size * self.size
+        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, self.size, *x.shape[1:]), batch)
+        added = lambda share, total, x: total + jnp.asarray(share, x.dtype) * x
 
-        rest = jax.tree.map(lambda x: x[whole:], batch)
-        first = (
-            (n - whole) / n * one(params, rest) if whole < n else jnp.zeros((), _dtype_of(self.loss, params, chunks))
-        )
+        def add(total: Any, chunk: Any) -> tuple[Any, None]:
+            return jax.tree.map(functools.partial(added, self.size / n), total, mean_of_chunk(chunk)), None
+
+        shapes = jax.eval_shape(mean_of_chunk, jax.tree.map(lambda x: x[0], chunks))
+        first = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        if whole < n:
+            rest = mean_of_chunk(jax.tree.map(lambda x: x[whole:], batch))
+            first = jax.tree.map(functools.partial(added, (n - whole) / n), first, rest)
         return jax.lax.scan(add, first, chunks)[0]
-
-
-def _dtype_of(loss: Loss, params: ArrayTree, chunks: ArrayTree) -> jnp.dtype:
-    return jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], chunks)).dtype
 
 
 def chunked(loss: Loss, size: int) -> ChunkedLoss:

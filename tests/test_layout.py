@@ -11,7 +11,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "jaxnet"
 FLOORS = [
     {"contract", "record"},
     {"losses", "nn", "data"},
-    {"per_example", "curvature", "training"},
+    {"per_example", "training"},
+    {"curvature"},
     {"learning_rate"},
     {"experiments"},
     {"plots"},

@@ -11,6 +11,8 @@ from jax.flatten_util import ravel_pytree
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
 
+Product = Callable[[Any, Any, Any], Any]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class LinearOperator:
       operands: what else the product reads, such as the batch.
     """
 
-    product: Callable[[Any, Any, Any], Any] = dataclasses.field(metadata={"static": True})
+    product: Product = dataclasses.field(metadata={"static": True})
     params: ArrayTree
     operands: ArrayTree
 
@@ -38,6 +40,22 @@ class LinearOperator:
         if expected != got:
             raise ValueError(f"v: expected a pytree like params, {expected}, got {got}")
         return self.product(self.params, self.operands, v)
+
+    def __add__(self, other: "LinearOperator") -> "LinearOperator":
+        """The sum A + B of two operators over the same params."""
+        if jax.tree.map(jnp.shape, self.params) != jax.tree.map(jnp.shape, other.params):
+            raise ValueError("a sum needs two operators over params of the same structure and shapes")
+        return LinearOperator(_Sum(self.product, other.product), self.params, (self, other))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sum:
+    left: Product
+    right: Product
+
+    def __call__(self, params: ArrayTree, operands: Any, v: ArrayTree) -> ArrayTree:
+        left, right = operands
+        return jax.tree.map(jnp.add, left(v), right(v))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +87,80 @@ def hessian(loss: Loss, params: ArrayTree, batch: ArrayTree) -> LinearOperator:
     contract.check_params(params)
     contract.num_examples(batch)
     return LinearOperator(_HessianProduct(loss), jax.tree.map(jnp.asarray, params), batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shifted:
+    product: Product
+
+    def __call__(self, params: ArrayTree, operands: Any, v: ArrayTree) -> ArrayTree:
+        op, by = operands
+        return jax.tree.map(lambda a, x: a + jnp.asarray(by, x.dtype) * x, op(v), v)
+
+
+def shift(op: LinearOperator, by: Array | float) -> LinearOperator:
+    """A + c I."""
+    return LinearOperator(_Shifted(op.product), op.params, (op, jnp.asarray(by)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Restricted:
+    product: Product
+    kept: tuple[bool, ...]
+
+    def __call__(self, params: ArrayTree, op: LinearOperator, v: ArrayTree) -> ArrayTree:
+        leaves, structure = jax.tree.flatten(op.params)
+        given = iter(jax.tree.leaves(v))
+        filled = [next(given) if keep else jnp.zeros_like(x) for keep, x in zip(self.kept, leaves, strict=True)]
+        result = jax.tree.leaves(op(jax.tree.unflatten(structure, filled)))
+        return jax.tree.unflatten(jax.tree.structure(v), [x for keep, x in zip(self.kept, result, strict=True) if keep])
+
+
+def restrict(op: LinearOperator, mask: ArrayTree) -> LinearOperator:
+    """The diagonal block of A that belongs to some leaves of params: one layer, or weights without biases.
+
+    Args:
+      op: the operator A.
+      mask: a pytree of bools like params, or a prefix of it (one bool for a whole layer): True keeps.
+
+    Returns:
+      An operator over params in which the leaves left out are None.
+
+    Raises:
+      ValueError: the mask does not fit params, or keeps nothing.
+    """
+    try:
+        kept = jax.tree.map(lambda keep, part: jax.tree.map(lambda _: bool(keep), part), mask, op.params)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"mask: expected a pytree of bools like params or a prefix of it; {error}") from None
+    if not any(jax.tree.leaves(kept)):
+        raise ValueError("mask: expected at least one leaf that is kept")
+    params = jax.tree.map(lambda keep, x: x if keep else None, kept, op.params)
+    return LinearOperator(_Restricted(op.product, tuple(jax.tree.leaves(kept))), params, op)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preconditioned:
+    product: Product
+
+    def __call__(self, params: ArrayTree, operands: Any, v: ArrayTree) -> ArrayTree:
+        op, root = operands
+        return jax.tree.map(jnp.divide, op(jax.tree.map(jnp.divide, v, root)), root)
+
+
+def precondition(op: LinearOperator, diagonal: ArrayTree) -> LinearOperator:
+    """P^-½ A P^-½ for a positive diagonal P: symmetric, with the eigenvalues of P⁻¹A.
+
+    Args:
+      op: the operator A.
+      diagonal: P's entries, a pytree like params; positive, or the eigenvalues are NaN.
+
+    Raises:
+      ValueError: the diagonal has not the structure and shapes of params.
+    """
+    if jax.tree.map(jnp.shape, op.params) != jax.tree.map(jnp.shape, diagonal):
+        raise ValueError("diagonal: expected a pytree with the structure and shapes of params")
+    return LinearOperator(_Preconditioned(op.product), op.params, (op, jax.tree.map(jnp.sqrt, diagonal)))
 
 
 def materialize(op: LinearOperator) -> Array:

@@ -50,3 +50,122 @@ def test_a_product_crosses_jit_and_vmap(mlp_problem):
 def test_a_vector_of_another_shape_is_refused(mlp_problem):
     with pytest.raises(ValueError, match="expected a pytree like params"):
         curvature.hessian(*mlp_problem)(jnp.ones(3))
+
+
+def rows_of(loss, params, batch):
+    """Each example's gradient by a loop, (N, n)."""
+    gradient = jax.jit(jax.grad(loss))
+    one = lambda i: ravel_pytree(gradient(params, jax.tree.map(lambda x: x[i : i + 1], batch)))[0]
+    return np.stack([one(i) for i in range(len(batch[1]))])
+
+
+def dense_gauss_newton(loss, params, batch):
+    flat, unravel = ravel_pytree(params)
+    outputs = loss.apply(params, batch[0])
+    jacobian = jax.jit(jax.jacobian(lambda w: loss.apply(unravel(w), batch[0])))(flat)
+    curvature_of = jax.hessian(lambda o, t: loss.criterion(o[None], t[None])[0])
+    blocks = jax.vmap(curvature_of)(outputs, batch[1])
+    return np.einsum("nki,nkl,nlj->ij", jacobian, blocks, jacobian) / len(outputs)
+
+
+@pytest.mark.parametrize("size", [None, 5])
+def test_gauss_newton_is_the_dense_one(mlp_problem, size):
+    loss, params, batch = mlp_problem
+    op = curvature.gauss_newton(losses.chunked(loss, size) if size else loss, params, batch)
+    dense = np.asarray(curvature.materialize(op))
+    np.testing.assert_allclose(dense, dense_gauss_newton(loss, params, batch), rtol=1e-9, atol=1e-12)
+    assert np.linalg.eigvalsh(dense)[0] > -1e-12
+
+
+def test_gauss_newton_of_a_linear_network_is_its_hessian(x64):
+    model = nn.dense(3)
+    params = model.init(jax.random.key(0), (4,))
+    batch = (jax.random.normal(jax.random.key(1), (9, 4)), jnp.arange(9) % 3)
+    loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
+    np.testing.assert_allclose(
+        curvature.materialize(curvature.gauss_newton(loss, params, batch)),
+        curvature.materialize(curvature.hessian(loss, params, batch)),
+        rtol=1e-9,
+        atol=1e-13,
+    )
+
+
+@pytest.mark.parametrize(
+    "criterion", [losses.softmax_cross_entropy, losses.squared_error, losses.sigmoid_cross_entropy]
+)
+def test_fisher_averages_to_gauss_newton(criterion, x64):
+    model = nn.mlp([2, 3])
+    params = model.init(jax.random.key(0), (2,))
+    inputs = jax.random.normal(jax.random.key(1), (6, 2))
+    targets = jnp.arange(6) % 3 if criterion is losses.softmax_cross_entropy else jnp.full((6, 3), 0.5)
+    loss = losses.mean_loss(model.apply, criterion)
+    one = lambda key: curvature.materialize(curvature.fisher(loss, params, (inputs, targets), key=key))
+    draws = np.asarray(jax.lax.map(one, jax.random.split(jax.random.key(2), 2000)))
+    error = draws.std(axis=0) / 2000**0.5
+    expected = dense_gauss_newton(loss, params, (inputs, targets))
+    assert (np.abs(draws.mean(axis=0) - expected) <= 5 * error + 1e-12).all()
+
+
+def test_second_moments_of_gradients(mlp_problem):
+    loss, params, batch = mlp_problem
+    rows = rows_of(loss, params, batch)
+    close = lambda op, dense: np.testing.assert_allclose(curvature.materialize(op), dense, rtol=1e-9, atol=1e-13)
+    close(curvature.empirical_fisher(loss, params, batch), rows.T @ rows / len(rows))
+    close(curvature.gradient_covariance(loss, params, batch), np.cov(rows.T))
+
+
+def test_the_weights_block_of_the_lectures(x64):
+    batch = data.two_gaussians_exact()
+    neuron = nn.linear_neuron()
+    loss = losses.mean_loss(neuron.apply, losses.squared_error)
+    op = curvature.hessian(loss, neuron.init(jax.random.key(0), (2,)), batch)
+    block = curvature.restrict(op, {"kernel": True, "bias": False})
+    found = curvature.eigsh(block, 2, key=jax.random.key(0), tol=1e-12)
+    np.testing.assert_allclose(found.values, [0.84, 0.04], atol=1e-13)
+    assert found.vectors["bias"] is None
+
+
+def test_blocks_sums_shifts_and_preconditioning_are_those_of_the_matrix(mlp_problem):
+    loss, params, batch = mlp_problem
+    op = curvature.hessian(loss, params, batch)
+    dense = np.asarray(curvature.materialize(op))
+    layer = [True, False, False]  # a prefix: the whole first layer
+    mask = np.asarray(
+        ravel_pytree(jax.tree.map(lambda k, p: jax.tree.map(lambda x: jnp.full(x.shape, k), p), layer, list(params)))[0]
+    )
+    block = curvature.materialize(curvature.restrict(op, tuple(layer)))
+    np.testing.assert_allclose(block, dense[np.ix_(mask, mask)], rtol=1e-10, atol=1e-13)
+    both = curvature.shift(op + curvature.gauss_newton(loss, params, batch), 0.3)
+    expected = dense + dense_gauss_newton(loss, params, batch) + 0.3 * np.eye(len(dense))
+    np.testing.assert_allclose(curvature.materialize(both), expected, rtol=1e-9, atol=1e-12)
+    diagonal = jax.tree.map(lambda x: 0.5 + jnp.square(x), params)
+    p = np.asarray(ravel_pytree(diagonal)[0])
+    found = curvature.eigsh(curvature.precondition(op, diagonal), key=jax.random.key(0), tol=1e-10)
+    np.testing.assert_allclose(found.values[0], np.linalg.eigvals(dense / p[:, None]).real.max(), rtol=1e-8)
+
+
+def test_operators_of_equal_losses_share_a_compilation(mlp_problem):
+    loss, params, batch = mlp_problem
+    mask = jax.tree.map(lambda x: x.ndim == 2, params)
+    make = lambda: curvature.shift(curvature.restrict(curvature.hessian(loss, params, batch), mask), 1.0)
+    assert jax.tree.structure(make()) == jax.tree.structure(make())
+
+
+def test_bad_operators(mlp_problem):
+    loss, params, batch = mlp_problem
+    op = curvature.hessian(loss, params, batch)
+    own = losses.mean_loss(loss.apply, lambda o, t: losses.softmax_cross_entropy(o, t))
+    with pytest.raises(TypeError, match="mean_loss"):
+        curvature.gauss_newton(lambda p, b: loss(p, b), params, batch)
+    with pytest.raises(TypeError, match="known negative log-likelihood"):
+        curvature.fisher(own, params, batch, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="at least one leaf"):
+        curvature.restrict(op, jax.tree.map(lambda x: False, params))
+    with pytest.raises(ValueError, match="mask: expected"):
+        curvature.restrict(op, {"kernel": True})
+    with pytest.raises(ValueError, match="diagonal"):
+        curvature.precondition(op, params[0])
+    with pytest.raises(ValueError, match="same structure"):
+        op + curvature.restrict(op, jax.tree.map(lambda x: x.ndim == 2, params))
+    with pytest.raises(ValueError, match="2 examples"):
+        curvature.gradient_covariance(loss, params, jax.tree.map(lambda x: x[:1], batch))

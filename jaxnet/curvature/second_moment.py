@@ -1,0 +1,61 @@
+"""Second moments of the examples' gradients, as operators."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxnet import contract
+from jaxnet.contract import ArrayTree, Loss
+from jaxnet.curvature.operators import LinearOperator
+from jaxnet.per_example.gradients import gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class _SecondMoment:
+    loss: Loss
+    centred: bool
+
+    def __call__(self, params: ArrayTree, batch: ArrayTree, v: ArrayTree) -> ArrayTree:
+        grads = gradients(self.loss, params, batch)
+        n, along = grads.num_examples, grads.vdot(v)
+        if not self.centred:
+            return grads.weighted_sum(along / n)
+        # Σ (g_n − ḡ)(g_n − ḡ)·v: the deviations of g_n·v sum to 0, so that ḡ drops out of the other factor.
+        return grads.weighted_sum((along - along.mean()) / (n - 1))
+
+
+def empirical_fisher(loss: Loss, params: ArrayTree, batch: ArrayTree) -> LinearOperator:
+    """(1/N) Σ g_n g_nᵀ, with the gradients g_n of the examples' own losses at their own targets.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
+      params: the point.
+      batch: N examples.
+
+    Raises:
+      TypeError, ValueError: the arguments do not fit the contract.
+
+    Reference:
+      Kunstner, Balles & Hennig, "Limitations of the Empirical Fisher Approximation", NeurIPS 2019, eq. 3 (over N).
+    """
+    contract.check_params(params)
+    contract.num_examples(batch)
+    return LinearOperator(_SecondMoment(loss, centred=False), jax.tree.map(jnp.asarray, params), batch)
+
+
+def gradient_covariance(loss: Loss, params: ArrayTree, batch: ArrayTree) -> LinearOperator:
+    """Σ = Σ_n (g_n − ḡ)(g_n − ḡ)ᵀ/(N − 1), the unbiased covariance of the examples' gradients.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
+      params: the point.
+      batch: N >= 2 examples.
+
+    Raises:
+      TypeError, ValueError: the arguments do not fit the contract, or N is 1.
+    """
+    contract.check_params(params)
+    if contract.num_examples(batch) < 2:
+        raise ValueError("batch: a covariance needs 2 examples or more, got 1")
+    return LinearOperator(_SecondMoment(loss, centred=True), jax.tree.map(jnp.asarray, params), batch)
