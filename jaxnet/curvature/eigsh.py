@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from jaxnet import contract
@@ -22,7 +23,8 @@ class Eigenpairs:
     """What `eigsh` found.
 
     Attributes:
-      values: (k,) eigenvalues, descending; NaN where a product was not finite.
+      values: (k,) eigenvalues, descending; NaN where a product was not finite. Where simple, they can be
+        differentiated by the operator's params and operands (dλ = vᵀ(dA)v); the other fields count as constants.
       vectors: leaves (k, ...), orthonormal eigenvectors.
       residual_norms: (k,) ‖Av − θv‖, each a bound on the distance to some eigenvalue.
       num_matvecs: products spent.
@@ -85,7 +87,40 @@ def eigsh(
       Parlett, "The Symmetric Eigenvalue Problem", 1998, sections 11.7 and 13.2.
     """
     check_tolerance(tol)
-    return search(op, v0, key, tol, k=k, which=which, max_matvecs=max_matvecs)[0]
+    return solve(op, v0, key, tol, k=k, which=which, max_matvecs=max_matvecs)[0]
+
+
+def solve(
+    op: LinearOperator,
+    v0: ArrayTree | None,
+    key: Array,
+    tol: Array | float,
+    *,
+    k: int,
+    which: str,
+    max_matvecs: int | None,
+) -> tuple[Eigenpairs, Search]:
+    """`search`, with eigenvalues that can be differentiated with respect to the operator's params and operands."""
+    fixed = lax.stop_gradient((op, v0))
+    pairs, end = lax.stop_gradient(search(*fixed, key, tol, k=k, which=which, max_matvecs=max_matvecs))
+    return dataclasses.replace(pairs, values=_values_of(op, pairs.values, pairs.vectors)), end
+
+
+@jax.custom_jvp
+def _values_of(op: LinearOperator, values: Array, vectors: ArrayTree) -> Array:
+    return values
+
+
+@_values_of.defjvp
+def _values_of_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """dλ = vᵀ(dA)v for a simple eigenvalue with unit vector v, which needs no derivative of v."""
+    op, values, vectors = primals
+
+    def form(op: LinearOperator) -> Array:
+        along = lambda v: optax.tree.vdot(v, op.product(op.params, op.operands, v))
+        return lax.map(along, vectors)
+
+    return values, jax.jvp(form, (op,), tangents[:1])[1].astype(values.dtype)
 
 
 def check_tolerance(tol: Array | float) -> None:

@@ -4,10 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import bound
-from jaxnet.curvature.eigsh import check_tolerance, search
+from jaxnet.curvature.eigsh import check_tolerance, solve
 from jaxnet.curvature.operators import hessian
 
 
@@ -17,7 +18,7 @@ class Sharpness:
     """The largest algebraic eigenvalue λ_max of the loss's Hessian.
 
     Attributes:
-      value: θ <= λ_max, so that 2/θ is the optimistic rate.
+      value: θ <= λ_max, so that 2/θ is the optimistic rate. `jax.grad` of it works where λ_max is simple.
       vector: a unit eigenvector, like params.
       residual_norm: ‖Hv − θv‖.
       upper_bound: at least λ_max with probability 1 − failure_probability, so that 2/upper_bound is safe; NaN
@@ -71,12 +72,12 @@ def sharpness(
         raise ValueError(f"failure_probability: expected a number in (0, 1), got {failure_probability}")
     check_tolerance(tol)
     op = hessian(loss, params, batch)
-    pairs, end = search(op, v0, key, tol, k=1, which="LA", max_matvecs=max_matvecs)
+    pairs, end = solve(op, v0, key, tol, k=1, which="LA", max_matvecs=max_matvecs)
     value = pairs.values[0]
     if v0 is None:
         n = sum(x.size for x in jax.tree.leaves(op.params))
         target = bound.log_inverse_share(n, failure_probability)
-        upper = bound.upper_bound(value, end.alpha, end.beta, end.num_matvecs, target)
+        upper = bound.upper_bound(lax.stop_gradient(value), end.alpha, end.beta, end.num_matvecs, target)
     else:
         upper = jnp.full_like(value, jnp.nan)
     vector = jax.tree.map(lambda x: x[0], pairs.vectors)

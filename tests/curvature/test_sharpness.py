@@ -2,10 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from jaxnet import curvature, data, losses, nn
 
 KEY = jax.random.key(2)
+
+
+def dense_product(params, a, v):
+    return a @ v
 
 
 def diagonal_loss(params, batch):
@@ -78,6 +83,31 @@ def test_a_warm_start_finds_an_eigenvalue_that_has_overtaken():
         found = curvature.sharpness(loss, jnp.array([0, 0, w2]), jnp.ones(2), key=KEY, v0=vector)
         np.testing.assert_allclose(found.value, max(w2, 3 - w2), rtol=1e-3)
         vector = found.vector
+
+
+def test_the_gradient_of_an_eigenvalue_is_dense_autodiffs(mlp_problem):
+    loss, params, batch = mlp_problem
+    flat, unravel = ravel_pytree(params)
+    inner = lambda w: loss(unravel(w), batch)
+    expected = jax.jit(jax.grad(lambda w: jnp.linalg.eigvalsh(jax.hessian(inner)(w))[-1]))(flat)
+    ours = jax.jit(jax.grad(lambda p: curvature.sharpness(loss, p, batch, key=KEY, tol=1e-13).value))(params)
+    np.testing.assert_allclose(ravel_pytree(ours)[0], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_gradient_of_several_eigenvalues_by_the_matrix_itself(x64):
+    a = np.random.default_rng(0).normal(size=(12, 12))
+    a = jnp.asarray(a + a.T)
+
+    def values(a):
+        op = curvature.LinearOperator(dense_product, jnp.zeros(12), a)
+        return curvature.eigsh(op, 3, key=KEY, tol=1e-13).values
+
+    weights = jnp.array([1.0, -2.0, 0.5])
+    ours = jax.grad(lambda a: weights @ values(a))(a)
+    dense = jax.grad(lambda a: weights @ jnp.linalg.eigvalsh(a)[::-1][:3])(a)
+    np.testing.assert_allclose(ours + ours.T, dense + dense.T, rtol=1e-6, atol=1e-9)
+    tangent = jnp.eye(12)
+    np.testing.assert_allclose(jax.jvp(values, (a,), (tangent,))[1], 1.0, rtol=1e-9)
 
 
 def test_flat_and_broken_losses_come_back_as_data():
