@@ -64,6 +64,8 @@ Command = (
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
+DESCRIPTION = "What should the learning rate be, and why? Derived from curvature and noise, held against training."
+
 BAD = (ValueError, TypeError, OSError, ImportError)
 
 
@@ -90,7 +92,7 @@ def _parse(arguments: Sequence[str]) -> Analyse | Experiment | List | Doctor:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(Command, prog="jaxnet", args=list(arguments), description=__doc__)
+            return tyro.cli(Command, prog="jaxnet", args=list(arguments), description=DESCRIPTION)
     except SystemExit as end:
         if not end.code:
             raise
@@ -142,8 +144,8 @@ def _analyse(command: Analyse, console: Console) -> int:
     record = None
     try:
         with jax.enable_x64(config.dtype == "float64"), _progress() as progress:
-            for record in main_job.stages(config, progress):  # noqa: B007 - the last one counts, interrupted or not
-                pass
+            for stage in main_job.stages(config, progress):
+                record = stage
     finally:
         if record is not None:
             _finish(record, command.out, console)

@@ -63,9 +63,9 @@ def eigsh(
     """The k eigenvalues at one end, or both ends, of a symmetric operator's spectrum, with their vectors.
 
     The error of a Ritz value θ with residual r and gap g to the next is at most min(r, r²/g). The search ends when r
-    or r²/g is within tol·|θ| for several steps in a row: while two close eigenvalues are still one Ritz value, g is the
-    distance to a third. For the largest eigenvalue from a random start, the Lanczos polynomials must leave a chance
-    of at most 1 % that a larger one is still unseen (beyond 20 tol); that needs fewer steps, and finds more misses.
+    is within tol·|θ|, or r²/g for several steps in a row: while two close eigenvalues are still one Ritz value, g is
+    the distance to a third. For the largest eigenvalue from a random start, the Lanczos polynomials must also leave a
+    chance of at most 1 % that a larger one, beyond θ(1 + 20 tol), is still unseen; then two steps in a row are enough.
     Distinct eigenvalues are found; how often one occurs is not claimed.
 
     Args:
@@ -87,23 +87,7 @@ def eigsh(
       Parlett, "The Symmetric Eigenvalue Problem", 1998, sections 11.7 and 13.2.
     """
     check_tolerance(tol)
-    return solve(op, v0, key, tol, k=k, which=which, max_matvecs=max_matvecs)[0]
-
-
-def solve(
-    op: LinearOperator,
-    v0: ArrayTree | None,
-    key: Array,
-    tol: Array | float,
-    *,
-    k: int,
-    which: str,
-    max_matvecs: int | None,
-) -> tuple[Eigenpairs, Search]:
-    """`search`, with eigenvalues that can be differentiated with respect to the operator's params and operands."""
-    fixed = lax.stop_gradient((op, v0))
-    pairs, end = lax.stop_gradient(search(*fixed, key, tol, k=k, which=which, max_matvecs=max_matvecs))
-    return dataclasses.replace(pairs, values=_values_of(op, pairs.values, pairs.vectors)), end
+    return search(op, v0, key, tol, k=k, which=which, max_matvecs=max_matvecs)[0]
 
 
 @jax.custom_jvp
@@ -149,16 +133,10 @@ def search(
     max_matvecs: int | None,
 ) -> tuple[Eigenpairs, Search]:
     """`eigsh`, with the state that it ended in."""
-    contract.check_params(op.params)
-    n = sum(x.size for x in jax.tree.leaves(op.params))
-    if not 1 <= k <= n:
-        raise ValueError(f"k: expected 1 to {n}, the number of parameters, got {k}")
-    if which not in WHICH:
-        raise ValueError(f"which: expected one of {', '.join(WHICH)}, got {which!r}")
-    if max_matvecs is None:
-        max_matvecs = max(1000, 20 * k)
-    if max_matvecs < 1:
-        raise ValueError(f"max_matvecs: expected 1 or more, got {max_matvecs}")
+    n = _check(op, k, which, max_matvecs)
+    limit = max(1000, 20 * k) if max_matvecs is None else max_matvecs
+    # The loop is not differentiated: an eigenvalue's derivative needs its vector only.
+    given, (op, v0) = op, lax.stop_gradient((op, v0))
     random = lanczos.random_like(key, op.params)
     start = random if v0 is None else _blended(v0, random)
     in_a_row = _ALONE if v0 is None else _VOUCHED
@@ -173,7 +151,7 @@ def search(
 
     def going_on(search: Search) -> Array:
         settled = (search.agreed >= in_a_row) | ((search.lanczos.size == m) & (m == n))
-        return ~settled & ~search.failed & (search.num_matvecs < max_matvecs)
+        return ~settled & ~search.failed & (search.num_matvecs < limit)
 
     def body(search: Search) -> Search:
         state = search.lanczos
@@ -210,7 +188,21 @@ def search(
     converged = ((end.agreed >= in_a_row) | exhausted) & held.all() & jnp.isfinite(values).all()
     vectors = lanczos.combine(basis, found.coefficients[:, wanted])
     residuals = jnp.where(held, found.residual_norms[wanted], jnp.nan)
+    values = _values_of(given, values, vectors)
     return Eigenpairs(values, vectors, residuals, end.num_matvecs, converged), end
+
+
+def _check(op: LinearOperator, k: int, which: str, max_matvecs: int | None) -> int:
+    """The number of parameters, if the arguments fit it."""
+    contract.check_params(op.params)
+    n = sum(x.size for x in jax.tree.leaves(op.params))
+    if not 1 <= k <= n:
+        raise ValueError(f"k: expected 1 to {n}, the number of parameters, got {k}")
+    if which not in WHICH:
+        raise ValueError(f"which: expected one of {', '.join(WHICH)}, got {which!r}")
+    if max_matvecs is not None and max_matvecs < 1:
+        raise ValueError(f"max_matvecs: expected 1 or more, got {max_matvecs}")
+    return n
 
 
 def _blended(v0: ArrayTree, random: ArrayTree) -> ArrayTree:

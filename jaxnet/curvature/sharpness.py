@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import bound
-from jaxnet.curvature.eigsh import check_tolerance, solve
+from jaxnet.curvature.eigsh import check_tolerance, search
 from jaxnet.curvature.operators import hessian
 
 
@@ -72,7 +72,7 @@ def sharpness(
         raise ValueError(f"failure_probability: expected a number in (0, 1), got {failure_probability}")
     check_tolerance(tol)
     op = hessian(loss, params, batch)
-    pairs, end = solve(op, v0, key, tol, k=1, which="LA", max_matvecs=max_matvecs)
+    pairs, end = search(op, v0, key, tol, k=1, which="LA", max_matvecs=max_matvecs)
     value = pairs.values[0]
     if v0 is None:
         n = sum(x.size for x in jax.tree.leaves(op.params))

@@ -229,7 +229,7 @@ def _loss_panel(runs: list[Run]) -> Panel:
             series.append(Series("  the same on test data", run.epoch, run.test_loss, "dashed", colour))
     return Panel(
         name="loss_against_epoch",
-        title="Three updates at the rates derived for them, on equal numbers of example gradients",
+        title="Three updates, each at its rate, on equal numbers of example gradients",
         xlabel="epoch (each example's gradient once)",
         ylabel="mean loss",
         series=series,

@@ -16,7 +16,7 @@ from jax import lax
 
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.nn.dense import lecun_normal, zeros
-from jaxnet.nn.layer import Layer, Shape, _no_params, layer_maker
+from jaxnet.nn.layer import Layer, Shape, layer_maker, no_params
 
 Pair = int | Sequence[int]
 
@@ -112,7 +112,7 @@ def _pool(name: str, window: Pair, combine: Callable[[Array, Array], Array], sca
         x = reduce(combine, (rows[:, :, i] for i in range(kh))).reshape(n, height, width, kw * channels)
         return scale * reduce(combine, (x[..., j * channels : (j + 1) * channels] for j in range(kw)))
 
-    return Layer(_no_params, apply)
+    return Layer(no_params, apply)
 
 
 @layer_maker

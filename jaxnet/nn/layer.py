@@ -57,20 +57,21 @@ def layer_maker(make: Callable[P, Layer]) -> Callable[P, Layer]:
     return maker
 
 
-def _no_params(key: Array, input_shape: Shape) -> tuple[()]:
+def no_params(key: Array, input_shape: Shape) -> tuple[()]:
+    """The ``init`` of a layer that has nothing to learn."""
     return ()
 
 
 @layer_maker
 def activation(fn: Callable[[Array], Array]) -> Layer:
     """y = fn(x), without parameters. ``fn`` must treat the examples on the leading axis independently."""
-    return Layer(_no_params, lambda params, x, *, key=None: fn(x))
+    return Layer(no_params, lambda params, x, *, key=None: fn(x))
 
 
 @layer_maker
 def flatten() -> Layer:
     """(N, ...) to (N, product of the rest)."""
-    return Layer(_no_params, lambda params, x, *, key=None: x.reshape(x.shape[0], -1))
+    return Layer(no_params, lambda params, x, *, key=None: x.reshape(x.shape[0], -1))
 
 
 @layer_maker
@@ -92,7 +93,7 @@ def dropout(rate: float) -> Layer:
         kept = jax.random.bernoulli(key, 1 - rate, x.shape)
         return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
-    return Layer(_no_params, apply)
+    return Layer(no_params, apply)
 
 
 def _split(key: Array | None, num: int) -> list[Array | None]:

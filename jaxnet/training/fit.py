@@ -241,7 +241,6 @@ def sweep(
         key if keys is None else keys,
         stop,
         keys is not None,
-        validation is not None,
     )
     rows, done = jax.tree.map(np.asarray, (rows, done))
     results = []

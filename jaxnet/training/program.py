@@ -182,7 +182,7 @@ def _keep_best(progress: Progress, loss: Array, epoch: Array) -> Progress:
 compiled_run = jax.jit(run, static_argnames=("plan",))
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "many_keys", "has_validation"))
+@functools.partial(jax.jit, static_argnames=("plan", "many_keys"))
 def compiled_sweep(
     plan: Plan,
     start: ArrayTree,
@@ -192,13 +192,12 @@ def compiled_sweep(
     keys: Array,
     stop: StopRule,
     many_keys: bool,
-    has_validation: bool,
 ) -> tuple[Progress, Rows, Array]:
     """`run` for every rate (and key) at once."""
 
     def one(rate: Array, key: Array) -> tuple[Progress, Rows, Array]:
         optimizer = plan.make_optimizer(rate)
         state = TrainState(start, optimizer.init(start), jnp.zeros((), jnp.int32))
-        return run(plan, begin(state, has_validation), rate, data, validation, key, stop)
+        return run(plan, begin(state, validation is not None), rate, data, validation, key, stop)
 
     return jax.vmap(one, in_axes=(0, 0 if many_keys else None))(rates, keys)
