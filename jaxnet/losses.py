@@ -154,6 +154,8 @@ class ChunkedLoss:
 
     def __call__(self, params: ArrayTree, batch: ArrayTree) -> Array:
         """The same mean over the batch's N examples, a scalar."""
+        if num_examples(batch) <= self.size:
+            return self.loss(params, batch)  # one chunk: nothing to save by computing it twice
         # Rematerialised, so that the backward pass holds one chunk's intermediates and not all of them.
         one = jax.checkpoint(self.loss)
         return self.mean_over_chunks(lambda chunk: one(params, chunk), batch)
@@ -207,7 +209,7 @@ def accuracy(apply: Apply, params: ArrayTree, batch: Any) -> Array:
       batch: ``(inputs, labels)``, labels integers (N,) or one-hot (N, C).
 
     Raises:
-      ValueError: the outputs have no axis of classes.
+      ValueError: the outputs have no axis of classes, or the labels have neither shape.
     """
     inputs, labels = batch[:2]
     outputs = apply(params, inputs)

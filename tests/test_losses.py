@@ -141,6 +141,13 @@ def test_chunks_bound_the_memory_of_a_hessian_product():
     assert temporary(chunked, 16000) < 1.1 * temporary(chunked, 2000) + 16000 * 4
 
 
+def test_a_single_chunk_is_not_computed_twice(mlp_problem):
+    loss, params, batch = mlp_problem
+    of = lambda f: str(jax.make_jaxpr(jax.grad(lambda p: f(p, batch)))(params))
+    assert "remat" in of(losses.chunked(loss, 5)) or "checkpoint" in of(losses.chunked(loss, 5))
+    assert of(losses.chunked(loss, 12)) == of(loss)
+
+
 def test_a_chunk_has_a_size():
     with pytest.raises(ValueError, match="size of 1 or more"):
         losses.chunked(lambda p, b: p, 0)

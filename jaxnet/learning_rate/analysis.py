@@ -74,7 +74,6 @@ class Analysis:
         """The lines of its table: (quantity, value, remark)."""
         s = self.sharpness
         verdict = "converged" if s.converged else "NOT converged"
-        # The standard error's relation to the value says how many of its digits mean something.
         simple = "|G|² resolved" if self.noise.resolved else "|G|² not resolved: no figure"
         return [
             (
