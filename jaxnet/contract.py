@@ -4,7 +4,7 @@ The value is the mean over the batch's N examples of losses that do not see one 
 takes a loss checks its arguments here, at trace time, so that a second call with new values costs nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import chex
@@ -76,3 +76,21 @@ def check(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int:
             f"loss: expected a real scalar, the mean over the batch, got shape {value.shape} of {value.dtype}"
         )
     return n
+
+
+def is_stream(batch: Any) -> bool:
+    """Whether ``batch`` is a data set in batches: a list of batches, or another object that is iterated over.
+
+    A pytree of arrays is one batch: a tuple or dict always, a list if its entries are arrays. Anything else that can
+    be iterated over, such as a data loader, is a stream; its batches may differ in length.
+
+    Raises:
+      TypeError: an iterator, which can be gone through only once.
+    """
+    if isinstance(batch, list):
+        return any(isinstance(entry, (tuple, dict)) for entry in batch)
+    if hasattr(batch, "shape") or not isinstance(batch, Iterable) or not jax.tree_util.all_leaves([batch]):
+        return False
+    if iter(batch) is batch:
+        raise TypeError("batch: got an iterator, which ends after one pass; pass a list, or an object to iterate anew")
+    return True

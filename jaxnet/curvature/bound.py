@@ -1,15 +1,21 @@
-"""How far the largest eigenvalue can lie above its Ritz value, given a random start.
+"""How far an extreme eigenvalue can lie beyond its Ritz value, given a random start.
 
-With the Lanczos polynomials p_j, p_j(A) q_0 = q_j, and the start's component c in the top eigenvector,
-Σ_{j<=k} p_j(λ_max)² c² <= 1, and c² of a random unit vector is known in distribution. Beyond the largest Ritz value
-every p_j grows, so a value x with Σ p_j(x)² > 1/w bounds λ_max with the probability that c² >= w.
+With the Lanczos polynomials p_j, p_j(A) q_0 = q_j, and the start's component c in the eigenvector of λ,
+Σ_{j<=k} p_j(λ)² c² <= 1, and c² of a random unit vector is known in distribution. Beyond the outermost Ritz values
+every p_j grows, so a point x there with Σ p_j(x)² > 1/w bounds λ_max with the probability that c² >= w.
+
+The sum needs no recurrence. The Ritz values θ_i are the roots of p_k, p_k(x) = Π (x − θ_i)/Π β_j, and from
+(xI − T) p = β_k p_k e follows Σ_{j<=k} p_j² = p_k² (1 + Σ (r_i/(x − θ_i))²) with the residuals r_i. A thick restart
+replaces the basis by Ritz vectors, which are polynomials in A as well: the roots that it discards remain factors of
+p_k, those that it keeps are among the next Ritz values, and so the bound holds through any number of restarts.
 
 Reference:
   van Dorsselaer, Hochstenbach & van der Vorst, "Computing Probabilistic Bounds for Extreme Eigenvalues of Symmetric
-  Matrices with the Lanczos Method", SIMAX 2000, theorem 3.1.
+  Matrices with the Lanczos Method", SIMAX 2000, theorem 3.1 (without restarts).
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +24,25 @@ from jax import lax
 
 from jaxnet.contract import Array
 
-Sums = tuple[Array, Array, Array, Array]
+
+class Polynomials(NamedTuple):
+    """The Lanczos polynomials of a start, by their roots.
+
+    Attributes:
+      values: (m,) Ritz values of the basis.
+      residual_norms: (m,) r_i.
+      held: (m,) which of them are filled.
+      discarded: (room,) Ritz values that restarts have discarded.
+      num_discarded: how many; beyond the room nothing can be said.
+      log_betas: Σ log β_j; −inf once the subspace was invariant.
+    """
+
+    values: Array
+    residual_norms: Array
+    held: Array
+    discarded: Array
+    num_discarded: Array
+    log_betas: Array
 
 
 def log_inverse_share(n: int, probability: float) -> float:
@@ -26,39 +50,31 @@ def log_inverse_share(n: int, probability: float) -> float:
     return 0.0 if n == 1 else -math.log(scipy.special.betaincinv(0.5, (n - 1) / 2, probability))
 
 
-def log_sum(x: Array, alpha: Array, beta: Array, steps: Array) -> Array:
-    """log Σ_{j<=steps} p_j(x)², with β_{j+1} p_{j+1} = (x − α_{j+1}) p_j − β_j p_{j−1}, p_0 = 1.
+def log_sum(p: Polynomials, x: Array) -> Array:
+    """log Σ_{j<=k} p_j(x)² at a point x beyond all Ritz values, above or below; inf where the subspace is invariant.
 
-    Args:
-      x: a point at or beyond the largest Ritz value.
-      alpha: (m,) diagonal of T.
-      beta: (m,) below it; the last is the residual's. A 0 ends the sum: the subspace is invariant.
-      steps: how many entries are filled.
+    −inf, which excludes nothing, where more Ritz values were discarded than there is room for.
     """
-
-    def add(carry: Sums, j: Array) -> tuple[Sums, None]:
-        before, now, total, log_scale = carry
-        used = (j < steps) & (beta[j] > 0)
-        after = ((x - alpha[j]) * now - jnp.where(j > 0, beta[j - 1], 0) * before) / jnp.where(used, beta[j], 1)
-        # The polynomials overflow any float: keep them scaled, and the scale's logarithm.
-        size = jnp.maximum(jnp.abs(after), 1)
-        grown = (now / size, after / size, (total + after**2) / size**2, log_scale + jnp.log(size))
-        return jax.tree.map(lambda a, b: jnp.where(used, a, b), grown, carry), None
-
-    start = (jnp.zeros_like(x), jnp.ones_like(x), jnp.ones_like(x), jnp.zeros_like(x))
-    (_, _, total, log_scale), _ = lax.scan(add, start, jnp.arange(alpha.shape[0]))
-    return jnp.log(total) + 2 * log_scale
+    distance = jnp.abs(x - p.values)
+    factors = jnp.sum(jnp.where(p.held, jnp.log(distance), 0))
+    past = jnp.arange(p.discarded.shape[0]) < p.num_discarded
+    factors += jnp.sum(jnp.where(past, jnp.log(jnp.abs(x - p.discarded)), 0))
+    others = jnp.sum(jnp.where(p.held, (p.residual_norms / distance) ** 2, 0))
+    known = 2 * (factors - p.log_betas) + jnp.log1p(others)
+    known = jnp.where(p.num_discarded > p.discarded.shape[0], -jnp.inf, known)
+    return jnp.where(jnp.isneginf(p.log_betas), jnp.inf, known)
 
 
 @jax.jit
-def upper_bound(theta: Array, alpha: Array, beta: Array, steps: Array, target: float) -> Array:
-    """The root x >= θ of log Σ p_j(x)² = target, by bisection; θ itself if the subspace is invariant."""
-    excess = lambda width: log_sum(theta + width, alpha, beta, steps)
-    # A bound below θ is disproved: the start's share was of the unlucky ones. Then assume a hundredth of what θ leaves.
-    at_theta = excess(jnp.zeros_like(theta))
-    goal = jnp.where(at_theta >= target, at_theta + math.log(100), target)
-    unit = jnp.maximum(jnp.abs(theta), jnp.max(jnp.abs(beta))) * jnp.finfo(theta.dtype).eps
+def upper_bound(p: Polynomials, theta: Array, target: float) -> Array:
+    """The root x > θ of log Σ p_j(x)² = target, by bisection; θ itself if the subspace is invariant."""
+    excess = lambda width: log_sum(p, theta + width)
+    scale = jnp.maximum(jnp.abs(theta), jnp.max(p.residual_norms))
+    unit = 4 * jnp.finfo(theta.dtype).eps * scale
     unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, jnp.finfo(theta.dtype).tiny)
+    # A bound below θ is disproved: the start's share was of the unlucky ones. Then assume a hundredth of what θ leaves.
+    at_theta = excess(unit)
+    goal = jnp.where(at_theta >= target, at_theta + math.log(100), target)
     too_low = lambda width: (excess(width) < goal) & jnp.isfinite(theta + width)
     width = lax.while_loop(too_low, lambda width: 2 * width, unit)
 
@@ -69,5 +85,4 @@ def upper_bound(theta: Array, alpha: Array, beta: Array, steps: Array, target: f
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
     width = lax.fori_loop(0, 40, halve, (jnp.zeros_like(width), width))[1]
-    invariant = ((jnp.arange(alpha.shape[0]) < steps) & (beta == 0)).any()
-    return jnp.where(invariant | ~jnp.isfinite(theta), theta, theta + width)
+    return jnp.where(jnp.isneginf(p.log_betas) | ~jnp.isfinite(theta), theta, theta + width)

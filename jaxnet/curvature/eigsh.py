@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,8 @@ from jax import lax
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree
-from jaxnet.curvature import bound, lanczos
-from jaxnet.curvature.operators import LinearOperator
-
-WHICH = ("LA", "SA", "LM", "BE")
+from jaxnet.curvature import lanczos, search
+from jaxnet.curvature.operators import LinearOperator, StreamedOperator, check_deterministic
 
 
 @jax.tree_util.register_dataclass
@@ -38,18 +36,6 @@ class Eigenpairs:
     converged: Array
 
 
-class Search(NamedTuple):
-    """The loop's state; alpha and beta are the first cycle's tridiagonal, for the a posteriori bound."""
-
-    lanczos: lanczos.Lanczos
-    found: lanczos.Ritz
-    alpha: Array
-    beta: Array
-    num_matvecs: Array
-    agreed: Array
-    failed: Array
-
-
 def eigsh(
     op: LinearOperator,
     k: int = 1,
@@ -59,13 +45,15 @@ def eigsh(
     max_matvecs: int | None = None,
     key: Array,
     v0: ArrayTree | None = None,
+    ncv: int | None = None,
 ) -> Eigenpairs:
     """The k eigenvalues at one end, or both ends, of a symmetric operator's spectrum, with their vectors.
 
-    The error of a Ritz value θ with residual r and gap g to the next is at most min(r, r²/g). The search ends when r
-    is within tol·|θ|, or r²/g for several steps in a row: while two close eigenvalues are still one Ritz value, g is
-    the distance to a third. For the largest eigenvalue from a random start, the Lanczos polynomials must also leave a
-    chance of at most 1 % that a larger one, beyond θ(1 + 20 tol), is still unseen; then two steps in a row are enough.
+    The error of a Ritz value θ with residual r and gap g to the next is about min(r, r²/g), if no eigenvalue near it is
+    still unseen. So the search ends when that estimate is within tol·|θ| and, from a random start, the Lanczos
+    polynomials leave a chance of at most 2 % that an eigenvalue lies further out than the tolerance; or when for four
+    steps in a row the estimate is small, and none is likely to lie further out than a third of the gap. The second
+    rule is an empirical one, and cheaper where the spectrum is dense.
     Distinct eigenvalues are found; how often one occurs is not claimed.
 
     Args:
@@ -76,6 +64,8 @@ def eigsh(
       max_matvecs: a limit on the products; by default enough for any gap that the dtype resolves.
       key: a `jax.random.key` for the start vector.
       v0: a start vector like params, such as the last eigenvector found nearby; a hundredth of a random one is added.
+      ncv: how many Lanczos vectors are kept at most, beside one to go on with; by default 2k + 18. With k + 3 of them
+        extreme values are found in the least memory, by more products.
 
     Returns:
       `Eigenpairs`. Inside a jit too, ``converged`` tells what an exception could not.
@@ -87,7 +77,13 @@ def eigsh(
       Parlett, "The Symmetric Eigenvalue Problem", 1998, sections 11.7 and 13.2.
     """
     check_tolerance(tol)
-    return search(op, v0, key, tol, k=k, which=which, max_matvecs=max_matvecs)[0]
+    return find(op, v0, key, tol, make_plan(op, k, which, max_matvecs, ncv, v0 is not None))[0]
+
+
+# Products after which a search ends at the latest.
+_PATIENCE = 100_000
+# The share of a random vector in a warm start.
+_BLEND = 0.01
 
 
 @jax.custom_jvp
@@ -113,96 +109,69 @@ def check_tolerance(tol: Array | float) -> None:
         raise ValueError(f"tol: expected a positive number, got {tol}")
 
 
-# Steps in a row at which the estimate must be small; the second where a bound or a warm start vouches for them.
-_ALONE, _VOUCHED = 4, 2
-# The share of a random vector in a warm start.
-_BLEND = 0.01
-# The chance of a larger eigenvalue, and how far beyond θ it would lie in units of tol, that end a search.
-_UNSEEN, _BEYOND = 0.01, 20
-
-
-@functools.partial(jax.jit, static_argnames=("k", "which", "max_matvecs"))
-def search(
-    op: LinearOperator,
-    v0: ArrayTree | None,
-    key: Array,
-    tol: Array | float,
-    *,
-    k: int,
-    which: str,
-    max_matvecs: int | None,
-) -> tuple[Eigenpairs, Search]:
-    """`eigsh`, with the state that it ended in."""
-    n = _check(op, k, which, max_matvecs)
-    limit = max(1000, 20 * k) if max_matvecs is None else max_matvecs
-    # The loop is not differentiated: an eigenvalue's derivative needs its vector only.
-    given, (op, v0) = op, lax.stop_gradient((op, v0))
-    random = lanczos.random_like(key, op.params)
-    start = random if v0 is None else _blended(v0, random)
-    in_a_row = _ALONE if v0 is None else _VOUCHED
-    bounded = v0 is None and k == 1 and which == "LA"
-    log_share = bound.log_inverse_share(n, _UNSEEN)
-    m = min(n, 2 * k + 18)
-    kept = min(k + (m - k) // 2, m - 1)
-    state = lanczos.init(start, m, jax.random.fold_in(key, 1))
-    zero, dtype = jnp.zeros((), jnp.int32), state.projected.dtype
-    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lanczos.ritz, state))
-    begin = Search(state, nothing, jnp.zeros(m, dtype), jnp.zeros(m, dtype), zero, zero, jnp.array(False))
-
-    def going_on(search: Search) -> Array:
-        settled = (search.agreed >= in_a_row) | ((search.lanczos.size == m) & (m == n))
-        return ~settled & ~search.failed & (search.num_matvecs < limit)
-
-    def body(search: Search) -> Search:
-        state = search.lanczos
-        if m < n:
-            full = state.size == m
-            state = lax.cond(full, lambda s: _restarted(s, search.found, kept, which), lambda s: s, state)
-        first_cycle = search.num_matvecs < m
-        j = state.size
-        state = lanczos.step(op, state)
-        alpha = jnp.where(first_cycle, search.alpha.at[j].set(state.projected[j, j]), search.alpha)
-        beta = jnp.where(first_cycle, search.beta.at[j].set(state.beta), search.beta)
-        found = lanczos.ritz(state)
-        within, exact = _accuracy(found, state, k, which, tol)
-        steps = search.num_matvecs + 1
-        # A small residual proves an eigenvalue, not the one wanted: from a given start it is no more than a vote.
-        at_once = in_a_row if v0 is None else search.agreed + 1
-        agreed = jnp.where(exact, at_once, jnp.where(within, search.agreed + 1, 0))
-        if bounded:
-            top = found.values[-1]
-            seen = bound.log_sum(top + _BEYOND * tol * jnp.abs(top), alpha, beta, steps) > log_share
-            seen = seen | (state.beta == 0)
-            vouched = jnp.where(seen & (agreed >= _VOUCHED), in_a_row, jnp.minimum(agreed, _VOUCHED))
-            agreed = jnp.where(first_cycle, vouched, agreed)
-        return Search(state, found, alpha, beta, steps, agreed, ~jnp.isfinite(state.beta))
-
-    end = lax.while_loop(going_on, body, begin)
-    found = end.found
-    wanted = _wanted(found, k, which)
-    wanted = wanted[jnp.argsort(-found.values[wanted])]
-    held = found.held[wanted] & ~end.failed
-    values = jnp.where(held, found.values[wanted], jnp.nan)
-    basis = jax.tree.map(lambda q: q[:m], end.lanczos.basis)
-    exhausted = (end.lanczos.size == m) & (m == n)
-    converged = ((end.agreed >= in_a_row) | exhausted) & held.all() & jnp.isfinite(values).all()
-    vectors = lanczos.combine(basis, found.coefficients[:, wanted])
-    residuals = jnp.where(held, found.residual_norms[wanted], jnp.nan)
-    values = _values_of(given, values, vectors)
-    return Eigenpairs(values, vectors, residuals, end.num_matvecs, converged), end
-
-
-def _check(op: LinearOperator, k: int, which: str, max_matvecs: int | None) -> int:
-    """The number of parameters, if the arguments fit it."""
+def make_plan(
+    op: LinearOperator, k: int, which: str, max_matvecs: int | None, ncv: int | None, warm: bool
+) -> search.Plan:
+    """The plan of a search, if the arguments fit the operator."""
     contract.check_params(op.params)
     n = sum(x.size for x in jax.tree.leaves(op.params))
     if not 1 <= k <= n:
         raise ValueError(f"k: expected 1 to {n}, the number of parameters, got {k}")
-    if which not in WHICH:
-        raise ValueError(f"which: expected one of {', '.join(WHICH)}, got {which!r}")
+    if which not in search.WHICH:
+        raise ValueError(f"which: expected one of {', '.join(search.WHICH)}, got {which!r}")
     if max_matvecs is not None and max_matvecs < 1:
         raise ValueError(f"max_matvecs: expected 1 or more, got {max_matvecs}")
-    return n
+    if ncv is not None and not k + 2 <= ncv:
+        raise ValueError(f"ncv: expected at least k + 2 = {k + 2} Lanczos vectors, got {ncv}")
+    # A gap of a rounding error takes about 1/√eps products; in double precision nobody waits for it.
+    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(op.params))).eps)
+    limit = min(int(8 / eps**0.5), _PATIENCE) if max_matvecs is None else max_matvecs
+    return search.Plan(n, k, which, min(n, 2 * k + 18 if ncv is None else ncv), limit, warm)
+
+
+def find(
+    op: LinearOperator, v0: ArrayTree | None, key: Array, tol: Array | float, plan: search.Plan
+) -> tuple[Eigenpairs, search.Search]:
+    """`eigsh`, with the state that it ended in."""
+    if not isinstance(op, StreamedOperator):
+        return _compiled(op, v0, key, tol, plan)
+    check_deterministic(op)
+    end = search.run(plan, op, _start(op.params, v0, key), tol, search.host_while)
+    return _pairs(plan, end), end
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _compiled(
+    op: LinearOperator, v0: ArrayTree | None, key: Array, tol: Array | float, plan: search.Plan
+) -> tuple[Eigenpairs, search.Search]:
+    check_deterministic(op)
+    # The loop is not differentiated: an eigenvalue's derivative needs its vector only.
+    fixed, v0 = lax.stop_gradient((op, v0))
+    end = search.run(plan, fixed, _start(fixed.params, v0, key), tol, lax.while_loop)
+    pairs = _pairs(plan, end)
+    return dataclasses.replace(pairs, values=_values_of(op, pairs.values, pairs.vectors)), end
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pairs(plan: search.Plan, end: search.Search) -> Eigenpairs:
+    found = end.found
+    wanted = search.rank(plan.which, found)[: plan.k]
+    wanted = wanted[jnp.argsort(-found.values[wanted])]
+    held = found.held[wanted] & ~end.failed
+    values = jnp.where(held, found.values[wanted], jnp.nan)
+    basis = jax.tree.map(lambda q: q[: plan.basis], end.lanczos.basis)
+    return Eigenpairs(
+        values=values,
+        vectors=lanczos.combine(basis, found.coefficients[:, wanted]),
+        residual_norms=jnp.where(held, found.residual_norms[wanted], jnp.nan),
+        num_matvecs=end.num_matvecs,
+        converged=end.settled & held.all() & jnp.isfinite(values).all(),
+    )
+
+
+def _start(params: ArrayTree, v0: ArrayTree | None, key: Array) -> ArrayTree:
+    random = lanczos.random_like(key, params)
+    return random if v0 is None else _blended(v0, random)
 
 
 def _blended(v0: ArrayTree, random: ArrayTree) -> ArrayTree:
@@ -216,41 +185,3 @@ def _blended(v0: ArrayTree, random: ArrayTree) -> ArrayTree:
         return given + (_BLEND / noise).astype(r.dtype) * r
 
     return jax.tree.map(leaf, v0, random)
-
-
-def _restarted(state: lanczos.Lanczos, found: lanczos.Ritz, kept: int, which: str) -> lanczos.Lanczos:
-    return lanczos.restart(state, found, _wanted(found, kept, which))
-
-
-def _wanted(found: lanczos.Ritz, count: int, which: str) -> Array:
-    """Indices of the ``count`` Ritz values that ``which`` asks for first; fillers come last."""
-    m = found.values.shape[0]
-    position = jnp.arange(m)
-    from_bottom = position - jnp.sum(~found.held)
-    from_top = m - 1 - position
-    rank = {
-        "LA": from_top,
-        "SA": from_bottom,
-        "LM": -jnp.abs(found.values),
-        "BE": jnp.minimum(2 * from_top, 2 * from_bottom + 1),
-    }[which]
-    return jnp.argsort(jnp.where(found.held, rank, jnp.inf))[:count]
-
-
-def _accuracy(
-    found: lanczos.Ritz, state: lanczos.Lanczos, k: int, which: str, tol: Array | float
-) -> tuple[Array, Array]:
-    """Whether all wanted values look accurate, and whether their residuals alone prove it."""
-    wanted = _wanted(found, k, which)
-    values, residuals = found.values[wanted], found.residual_norms[wanted]
-    distance = jnp.abs(found.values[None, :] - values[:, None])
-    others = found.held[None, :] & (jnp.arange(distance.shape[1])[None, :] != wanted[:, None])
-    gap = jnp.min(jnp.where(others, distance, jnp.inf), axis=1)
-    # A lone Ritz value has seen no gap: only its residual counts.
-    estimate = jnp.where(jnp.isinf(gap), residuals, jnp.minimum(residuals, residuals * (residuals / gap)))
-    # Twins at rounding distance leave gap = 0 and an estimate of NaN or inf: the residual decides.
-    estimate = jnp.where(jnp.isfinite(estimate), estimate, residuals)
-    rounding = 4 * jnp.finfo(values.dtype).eps * state.scale
-    allowed = jnp.maximum(tol * jnp.abs(values), rounding)
-    held = found.held[wanted].all()
-    return held & (estimate <= allowed).all(), held & (residuals <= allowed).all()

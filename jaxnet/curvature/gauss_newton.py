@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnet import contract, losses
+from jaxnet import losses
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature.operators import LinearOperator
+from jaxnet.curvature.operators import LinearOperator, mean_operator
 from jaxnet.curvature.second_moment import empirical_fisher
 from jaxnet.losses import ChunkedLoss, MeanLoss
 
@@ -40,13 +40,13 @@ class _GaussNewtonProduct:
         return self.loss.mean_over_chunks(on, batch) if isinstance(self.loss, ChunkedLoss) else on(batch)
 
 
-def gauss_newton(loss: Loss, params: ArrayTree, batch: ArrayTree) -> LinearOperator:
+def gauss_newton(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
     """G = (1/N) Σ J_nᵀ (∂²ℓ_n/∂o∂o′) J_n, with the network's Jacobian J_n and the criterion ℓ_n of its output o.
 
     Args:
       loss: a `jaxnet.losses.mean_loss`, or one chunked.
       params: the point.
-      batch: ``(inputs, targets)``.
+      batch: ``(inputs, targets)``, or a data set in such batches, as for `hessian`.
 
     Raises:
       TypeError: the loss does not keep its two parts, or params are not floating.
@@ -56,9 +56,7 @@ def gauss_newton(loss: Loss, params: ArrayTree, batch: ArrayTree) -> LinearOpera
       Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent", 2002, section 3.
     """
     _parts("gauss_newton", loss)
-    contract.check_params(params)
-    contract.num_examples(batch)
-    return LinearOperator(_GaussNewtonProduct(loss), jax.tree.map(jnp.asarray, params), batch)
+    return mean_operator(_GaussNewtonProduct(loss), params, batch)
 
 
 def _draw_softmax(key: Array, outputs: Array, targets: Array) -> Array:

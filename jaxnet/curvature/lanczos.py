@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxnet.contract import Array, ArrayTree
@@ -25,10 +26,9 @@ class Lanczos(NamedTuple):
     Attributes:
       basis: leaves (m + 1, ...); row j is the next vector, the rows from j + 1 on are zero.
       projected: (m, m) T, of which the leading (j, j) block is filled.
-      beta: the norm of the last residual.
+      beta: the norm of the last residual; 0 after a breakdown.
       size: j, how many steps the basis holds.
       scale: the largest norm of a product so far, an estimate of ‖A‖ from below.
-      key: for the random vector that continues after a breakdown.
     """
 
     basis: ArrayTree
@@ -36,7 +36,6 @@ class Lanczos(NamedTuple):
     beta: Array
     size: Array
     scale: Array
-    key: Array
 
 
 class Ritz(NamedTuple):
@@ -76,7 +75,7 @@ def _coefficients(basis: ArrayTree, v: ArrayTree) -> Array:
     def leaf(q: Array, x: Array) -> Array:
         return jnp.matmul(q.reshape(q.shape[0], -1), x.reshape(-1), precision=lax.Precision.HIGHEST)
 
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf, basis, v)))
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf, basis, v))).astype(_dtype(v))
 
 
 def combine(basis: ArrayTree, coefficients: Array) -> ArrayTree:
@@ -90,66 +89,96 @@ def combine(basis: ArrayTree, coefficients: Array) -> ArrayTree:
     return jax.tree.map(leaf, basis)
 
 
-def _orthogonalise(basis: ArrayTree, v: ArrayTree) -> tuple[ArrayTree, Array]:
-    """Two passes of classical Gram–Schmidt: the second removes what rounding left of the first."""
-    first = _coefficients(basis, v)
-    v = jax.tree.map(jnp.subtract, v, combine(basis, first))
-    second = _coefficients(basis, v)
-    return jax.tree.map(jnp.subtract, v, combine(basis, second)), first + second
-
-
 def random_like(key: Array, v: ArrayTree) -> ArrayTree:
     """A standard normal vector with the structure of ``v``."""
     leaves, structure = jax.tree.flatten(v)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [jax.random.normal(k, jnp.shape(x), jnp.result_type(x)) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
+    # One draw for all leaves: XLA takes longer to compile a generator than to run it.
+    flat = jax.random.normal(key, (sum(x.size for x in leaves),), _dtype(v))
+    ends = np.cumsum([x.size for x in leaves])
+    parts = [flat[end - x.size : end].reshape(x.shape).astype(x.dtype) for x, end in zip(leaves, ends, strict=True)]
+    return jax.tree.unflatten(structure, parts)
 
 
-def _normalised(v: ArrayTree) -> ArrayTree:
-    length = norm(v)
-    return jax.tree.map(lambda x: x / length.astype(x.dtype), v)
+def _generic_like(v: ArrayTree, seed: Array | int) -> ArrayTree:
+    """A vector in general position, by an integer hash of each entry's index: no invariant subspace holds it."""
+    leaves, structure = jax.tree.flatten(v)
+    hashed = []
+    for number, x in enumerate(leaves):
+        bits = jax.lax.iota(jnp.uint32, x.size) * jnp.uint32(2654435761)
+        bits = (bits ^ jnp.asarray(seed, jnp.uint32) ^ jnp.uint32(number << 16)) * jnp.uint32(2246822519)
+        bits = (bits ^ (bits >> 15)) * jnp.uint32(3266489917)
+        hashed.append(((bits >> 16).astype(jnp.float32) / 2**15 - 1).reshape(x.shape).astype(x.dtype))
+    return jax.tree.unflatten(structure, hashed)
+
+
+def _scaled(v: ArrayTree, length: Array) -> ArrayTree:
+    return jax.tree.map(lambda x: x / jnp.where(length > 0, length, 1).astype(x.dtype), v)
 
 
 def _set_row(basis: ArrayTree, row: Array | int, v: ArrayTree) -> ArrayTree:
     return jax.tree.map(lambda q, x: q.at[row].set(x.astype(q.dtype)), basis, v)
 
 
-def init(start: ArrayTree, num_steps: int, key: Array) -> Lanczos:
-    """The state before the first step: ``start`` made a unit vector, or a random one if it is zero."""
-    key, draw = jax.random.split(key)
-    usable = norm(start) > 0
-    start = jax.tree.map(lambda x, r: jnp.where(usable, x, r), start, random_like(draw, start))
+def init(start: ArrayTree, num_steps: int) -> Lanczos:
+    """The state before the first of ``num_steps`` steps: ``start`` made a unit vector, or another one if it is zero."""
+    length = norm(start)
+    start = jax.tree.map(lambda x, g: jnp.where(length > 0, x, g), start, _generic_like(start, 0))
     basis = jax.tree.map(lambda x: jnp.zeros((num_steps + 1, *x.shape), x.dtype), start)
     zero = jnp.zeros((), _dtype(start))
     projected = jnp.zeros((num_steps, num_steps), zero.dtype)
-    return Lanczos(_set_row(basis, 0, _normalised(start)), projected, zero, jnp.zeros((), jnp.int32), zero, key)
+    return Lanczos(_set_row(basis, 0, _scaled(start, norm(start))), projected, zero, jnp.zeros((), jnp.int32), zero)
+
+
+def current(state: Lanczos) -> ArrayTree:
+    """The vector that A is to be applied to next."""
+    return jax.tree.map(lambda q: q[state.size], state.basis)
+
+
+class _Pass(NamedTuple):
+    w: ArrayTree
+    column: Array
+    beta: Array
+    length: Array
+    passes: Array
+
+
+def extend(state: Lanczos, product: ArrayTree) -> Lanczos:
+    """Extend the basis and T by one, given A times the `current` vector.
+
+    Two passes of classical Gram–Schmidt: the second removes what rounding left of the first. Where nothing is left
+    of the product, the basis spans an invariant subspace: β is 0, and two more passes make the next vector from a
+    generic one. All are passes of one loop, which is compiled once.
+    """
+    j = state.size
+    scale = jnp.maximum(state.scale, norm(product))
+    broken = lambda beta: beta <= 10 * jnp.finfo(beta.dtype).eps * scale
+
+    def sweep(at: _Pass) -> _Pass:
+        w = lax.cond(at.passes == 2, lambda: _generic_like(at.w, j), lambda: at.w)
+        overlap = _coefficients(state.basis, w)
+        w = jax.tree.map(jnp.subtract, w, combine(state.basis, overlap))
+        length = norm(w)
+        own = at.passes < 2
+        return _Pass(
+            w, jnp.where(own, at.column + overlap, at.column), jnp.where(own, length, at.beta), length, at.passes + 1
+        )
+
+    more = lambda at: (at.passes < 2) | (broken(at.beta) & (at.passes < 4))
+    column = jnp.zeros(state.projected.shape[0] + 1, state.projected.dtype)
+    end = lax.while_loop(more, sweep, _Pass(product, column, scale, scale, jnp.zeros((), jnp.int32)))
+    column = end.column[:-1]
+    return Lanczos(
+        basis=_set_row(state.basis, j + 1, _scaled(end.w, end.length)),
+        projected=state.projected.at[:, j].set(column).at[j, :].set(column),
+        beta=jnp.where(broken(end.beta), 0, end.beta),
+        size=j + 1,
+        scale=scale,
+    )
 
 
 def step(matvec: Callable[[ArrayTree], ArrayTree], state: Lanczos) -> Lanczos:
-    """One product: extend the basis and T by one. After a breakdown (β = 0) go on with a random vector."""
-    j = state.size
-    w = matvec(jax.tree.map(lambda q: q[j], state.basis))
-    scale = jnp.maximum(state.scale, norm(w))
-    w, column = _orthogonalise(state.basis, w)
-    column = column[:-1].astype(state.projected.dtype)
-    projected = state.projected.at[:, j].set(column).at[j, :].set(column)
-    beta = norm(w)
-    key, draw = jax.random.split(state.key)
-    # Below this, what is left of w is rounding, and the basis spans an invariant subspace.
-    broken = beta <= 10 * jnp.finfo(beta.dtype).eps * scale
-    fresh = lambda: _orthogonalise(state.basis, random_like(draw, w))[0]
-    next_vector = lax.cond(broken, fresh, lambda: w)
-    length = norm(next_vector)
-    unit = jax.tree.map(lambda x: x / jnp.where(length > 0, length, 1).astype(x.dtype), next_vector)
-    return Lanczos(
-        basis=_set_row(state.basis, j + 1, unit),
-        projected=projected,
-        beta=jnp.where(broken, 0, beta),
-        size=j + 1,
-        scale=scale,
-        key=key,
-    )
+    """One product, and `extend`."""
+    return extend(state, matvec(current(state)))
 
 
 def ritz(state: Lanczos) -> Ritz:
@@ -172,7 +201,7 @@ def restart(state: Lanczos, found: Ritz, kept: Array) -> Lanczos:
     vectors = combine(jax.tree.map(lambda q: q[:m], state.basis), found.coefficients[:, kept])
 
     def leaf(q: Array, v: Array) -> Array:
-        return jnp.zeros_like(q).at[:p].set(v.astype(q.dtype)).at[p].set(q[m])
+        return q.at[p].set(q[m]).at[:p].set(v).at[p + 1 :].set(0)
 
     return state._replace(
         basis=jax.tree.map(leaf, state.basis, vectors),

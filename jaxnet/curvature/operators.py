@@ -1,11 +1,13 @@
 """Matrices that are known by their products, over pytrees of params."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxnet import contract
@@ -68,7 +70,50 @@ class _HessianProduct:
         return jax.jvp(gradient, (params,), (tangent,))[1]
 
 
-def hessian(loss: Loss, params: ArrayTree, batch: ArrayTree) -> LinearOperator:
+@functools.partial(jax.jit, static_argnames="product")
+def _add_product(product: Product, total: ArrayTree, params: ArrayTree, batch: ArrayTree, v: ArrayTree) -> ArrayTree:
+    n = contract.num_examples(batch)
+    return jax.tree.map(lambda t, x: t + n * x, total, product(params, batch, v))
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedOperator(LinearOperator):
+    """The mean of a matrix over batches, its operands, each weighted by its number of examples.
+
+    A product goes once through the batches, on the host: it is no pytree and not for `jit`. `eigsh` and `sharpness`
+    take it.
+    """
+
+    def __call__(self, v: ArrayTree) -> ArrayTree:
+        """The product Av.
+
+        Raises:
+          ValueError: there is no batch, or one does not fit.
+        """
+        total, n = jax.tree.map(jnp.zeros_like, self.params), 0
+        for batch in self.operands:
+            total = _add_product(self.product, total, self.params, batch, v)
+            n += contract.num_examples(batch)
+        if n == 0:
+            raise ValueError("batch: expected at least one batch, got none")
+        return jax.tree.map(lambda t: t / n, total)
+
+
+def mean_operator(product: Product, params: ArrayTree, batch: Any) -> LinearOperator:
+    """The operator of a product that is a mean over examples, for one batch or a stream of them.
+
+    Raises:
+      TypeError, ValueError: the arguments do not fit the contract.
+    """
+    contract.check_params(params)
+    params = jax.tree.map(jnp.asarray, params)
+    if contract.is_stream(batch):
+        return StreamedOperator(product, params, batch)
+    contract.num_examples(batch)
+    return LinearOperator(product, params, batch)
+
+
+def hessian(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
     """H = ∂²E/∂ω∂ω′ of the loss E at ``params``, by forward over reverse differentiation.
 
     One product costs about two gradients, and no matrix is formed.
@@ -76,7 +121,8 @@ def hessian(loss: Loss, params: ArrayTree, batch: ArrayTree) -> LinearOperator:
     Args:
       loss: ``loss(params, batch) -> scalar``.
       params: the point ω.
-      batch: the examples that E is a mean over.
+      batch: the examples that E is a mean over; or a data set in batches that does not fit memory: a list of batches
+        or a data loader, gone through once a product.
 
     Raises:
       TypeError, ValueError: the arguments do not fit the contract.
@@ -84,9 +130,7 @@ def hessian(loss: Loss, params: ArrayTree, batch: ArrayTree) -> LinearOperator:
     Reference:
       Pearlmutter, "Fast Exact Multiplication by the Hessian", Neural Computation 1994, eq. 2.
     """
-    contract.check_params(params)
-    contract.num_examples(batch)
-    return LinearOperator(_HessianProduct(loss), jax.tree.map(jnp.asarray, params), batch)
+    return mean_operator(_HessianProduct(loss), params, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,3 +212,37 @@ def materialize(op: LinearOperator) -> Array:
     flat, unravel = ravel_pytree(op.params)
     columns = jax.lax.map(lambda v: ravel_pytree(op(unravel(v)))[0], jnp.eye(flat.size, dtype=flat.dtype))
     return columns.T
+
+
+def check_deterministic(op: LinearOperator) -> None:
+    """Raise if the product is not the same function twice: then it has no eigenvalues.
+
+    A function of params and batch has no randomness of its own, unless a key or a generator from outside moves while it
+    is traced: so it is traced twice. Streamed batches are gone through twice.
+
+    Raises:
+      ValueError: the two differ.
+    """
+    remedy = "a loss must be a function of params and batch alone: fix its dropout key, or put a key into the batch"
+    if isinstance(op, StreamedOperator):
+        v = jax.tree.map(jnp.ones_like, op.params)
+        passes = zip(jax.tree.leaves(op(v)), jax.tree.leaves(op(v)), strict=True)
+        # A loader may shuffle, which changes a sum by rounding only.
+        if not all(jnp.allclose(a, b, rtol=1e-3, atol=1e-3 * jnp.abs(a).max(), equal_nan=True) for a, b in passes):
+            raise ValueError(f"loss: two passes over the batches differ; {remedy}, and let the batches stay the same")
+        return
+    try:
+        one, two = (jax.make_jaxpr(lambda *a: op.product(*a))(op.params, op.operands, op.params) for _ in range(2))
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(f"loss: it keeps a traced value outside of itself, such as a key; {remedy}") from error
+    same = str(one.jaxpr) == str(two.jaxpr) and len(one.consts) == len(two.consts)
+    if not (same and all(map(_same_constant, one.consts, two.consts))):
+        raise ValueError(f"loss: two evaluations at the same params and batch differ; {remedy}")
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    if a is b or isinstance(a, jax.core.Tracer):
+        return a is b
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    return np.array_equal(a, b, equal_nan=True)

@@ -1,13 +1,14 @@
 """Second moments of the examples' gradients, as operators."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxnet import contract
 from jaxnet.contract import ArrayTree, Loss
-from jaxnet.curvature.operators import LinearOperator
+from jaxnet.curvature.operators import LinearOperator, mean_operator
 from jaxnet.per_example.gradients import gradients
 
 
@@ -25,13 +26,13 @@ class _SecondMoment:
         return grads.weighted_sum((along - along.mean()) / (n - 1))
 
 
-def empirical_fisher(loss: Loss, params: ArrayTree, batch: ArrayTree) -> LinearOperator:
+def empirical_fisher(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
     """(1/N) Σ g_n g_nᵀ, with the gradients g_n of the examples' own losses at their own targets.
 
     Args:
       loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
       params: the point.
-      batch: N examples.
+      batch: N examples, or a data set in batches, as for `hessian`.
 
     Raises:
       TypeError, ValueError: the arguments do not fit the contract.
@@ -39,9 +40,7 @@ def empirical_fisher(loss: Loss, params: ArrayTree, batch: ArrayTree) -> LinearO
     Reference:
       Kunstner, Balles & Hennig, "Limitations of the Empirical Fisher Approximation", NeurIPS 2019, eq. 3 (over N).
     """
-    contract.check_params(params)
-    contract.num_examples(batch)
-    return LinearOperator(_SecondMoment(loss, centred=False), jax.tree.map(jnp.asarray, params), batch)
+    return mean_operator(_SecondMoment(loss, centred=False), params, batch)
 
 
 def gradient_covariance(loss: Loss, params: ArrayTree, batch: ArrayTree) -> LinearOperator:

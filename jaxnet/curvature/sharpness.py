@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import bound
-from jaxnet.curvature.eigsh import check_tolerance, search
+from jaxnet.curvature.eigsh import check_tolerance, find, make_plan
 from jaxnet.curvature.operators import hessian
 
 
@@ -44,6 +44,7 @@ def sharpness(
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     v0: ArrayTree | None = None,
+    ncv: int | None = None,
     failure_probability: float = 0.05,
 ) -> Sharpness:
     """λ_max of ∂²E/∂ω∂ω′: gradient descent on E is stable at ω for rates below 2/λ_max.
@@ -56,6 +57,7 @@ def sharpness(
       tol: relative accuracy of the value.
       max_matvecs: a limit on the Hessian products; by default enough for any gap that the dtype resolves.
       v0: a start vector like params, such as the eigenvector at a point nearby.
+      ncv: how many Lanczos vectors are kept at most; 4 are the low-memory mode (see `eigsh`).
       failure_probability: δ of ``upper_bound``, over the random start.
 
     Returns:
@@ -72,12 +74,12 @@ def sharpness(
         raise ValueError(f"failure_probability: expected a number in (0, 1), got {failure_probability}")
     check_tolerance(tol)
     op = hessian(loss, params, batch)
-    pairs, end = search(op, v0, key, tol, k=1, which="LA", max_matvecs=max_matvecs)
+    plan = make_plan(op, 1, "LA", max_matvecs, ncv, v0 is not None)
+    pairs, end = find(op, v0, key, tol, plan)
     value = pairs.values[0]
     if v0 is None:
-        n = sum(x.size for x in jax.tree.leaves(op.params))
-        target = bound.log_inverse_share(n, failure_probability)
-        upper = bound.upper_bound(lax.stop_gradient(value), end.alpha, end.beta, end.num_matvecs, target)
+        target = bound.log_inverse_share(plan.n, failure_probability)
+        upper = bound.upper_bound(end.polynomials, lax.stop_gradient(value), target)
     else:
         upper = jnp.full_like(value, jnp.nan)
     vector = jax.tree.map(lambda x: x[0], pairs.vectors)

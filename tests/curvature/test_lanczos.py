@@ -26,7 +26,7 @@ def join(tree):
 
 def run(a, num_steps, room, key=0):
     start = split(jax.random.normal(jax.random.key(key), (len(a),)))
-    state = lanczos.init(start, room, jax.random.key(1))
+    state = lanczos.init(start, room)
     for _ in range(num_steps):
         state = advance(a, state)
     return state
