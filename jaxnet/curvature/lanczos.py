@@ -120,13 +120,16 @@ def _set_row(basis: ArrayTree, row: Array | int, v: ArrayTree) -> ArrayTree:
 
 
 def init(start: ArrayTree, num_steps: int) -> Lanczos:
-    """The state before the first of ``num_steps`` steps: ``start`` made a unit vector, or another one if it is zero."""
-    length = norm(start)
-    start = jax.tree.map(lambda x, g: jnp.where(length > 0, x, g), start, _generic_like(start, 0))
+    """The state before the first of ``num_steps`` steps, from a start that is not zero."""
     basis = jax.tree.map(lambda x: jnp.zeros((num_steps + 1, *x.shape), x.dtype), start)
     zero = jnp.zeros((), _dtype(start))
-    projected = jnp.zeros((num_steps, num_steps), zero.dtype)
-    return Lanczos(_set_row(basis, 0, _scaled(start, norm(start))), projected, zero, jnp.zeros((), jnp.int32), zero)
+    return Lanczos(
+        basis=_set_row(basis, 0, _scaled(start, norm(start))),
+        projected=jnp.zeros((num_steps, num_steps), zero.dtype),
+        beta=zero,
+        size=jnp.zeros((), jnp.int32),
+        scale=zero,
+    )
 
 
 def current(state: Lanczos) -> ArrayTree:
@@ -150,8 +153,9 @@ def extend(state: Lanczos, product: ArrayTree) -> Lanczos:
     generic one. All are passes of one loop, which is compiled once.
     """
     j = state.size
-    scale = jnp.maximum(state.scale, norm(product))
-    broken = lambda beta: beta <= 10 * jnp.finfo(beta.dtype).eps * scale
+    # The product is its components along the basis and what is left of it.
+    size_of = lambda at: jnp.maximum(state.scale, norm((at.column, at.beta)))
+    broken = lambda at: at.beta <= 10 * jnp.finfo(at.beta.dtype).eps * size_of(at)
 
     def sweep(at: _Pass) -> _Pass:
         w = lax.cond(at.passes == 2, lambda: _generic_like(at.w, j), lambda: at.w)
@@ -159,20 +163,20 @@ def extend(state: Lanczos, product: ArrayTree) -> Lanczos:
         w = jax.tree.map(jnp.subtract, w, combine(state.basis, overlap))
         length = norm(w)
         own = at.passes < 2
-        return _Pass(
-            w, jnp.where(own, at.column + overlap, at.column), jnp.where(own, length, at.beta), length, at.passes + 1
-        )
+        column = jnp.where(own, at.column + overlap, at.column)
+        return _Pass(w, column, jnp.where(own, length, at.beta), length, at.passes + 1)
 
-    more = lambda at: (at.passes < 2) | (broken(at.beta) & (at.passes < 4))
-    column = jnp.zeros(state.projected.shape[0] + 1, state.projected.dtype)
-    end = lax.while_loop(more, sweep, _Pass(product, column, scale, scale, jnp.zeros((), jnp.int32)))
+    more = lambda at: (at.passes < 2) | (broken(at) & (at.passes < 4))
+    zero = jnp.zeros_like(state.beta)
+    column = jnp.zeros(state.projected.shape[0] + 1, zero.dtype)
+    end = lax.while_loop(more, sweep, _Pass(product, column, zero, zero, jnp.zeros((), jnp.int32)))
     column = end.column[:-1]
     return Lanczos(
         basis=_set_row(state.basis, j + 1, _scaled(end.w, end.length)),
         projected=state.projected.at[:, j].set(column).at[j, :].set(column),
-        beta=jnp.where(broken(end.beta), 0, end.beta),
+        beta=jnp.where(broken(end), 0, end.beta),
         size=j + 1,
-        scale=scale,
+        scale=size_of(end),
     )
 
 

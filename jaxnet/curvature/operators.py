@@ -133,6 +133,12 @@ def hessian(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
     return mean_operator(_HessianProduct(loss), params, batch)
 
 
+def one_batch(name: str, op: LinearOperator) -> None:
+    """Raise where a data set in batches cannot serve."""
+    if isinstance(op, StreamedOperator):
+        raise TypeError(f"{name}: needs an operator of one batch, got one of a data set in batches")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Shifted:
     product: Product
