@@ -1,4 +1,4 @@
-"""``python -m benchmarks NAME [--out FILE]`` runs a benchmark, prints its table and writes its JSON."""
+"""``python -m benchmarks NAME [--out FILE]`` runs a benchmark, prints its table and writes its JSON and figures."""
 
 import argparse
 import importlib
@@ -6,7 +6,7 @@ import pathlib
 
 from benchmarks.timing import finish
 
-NAMES = ("training",)
+NAMES = ("training", "curvature")
 
 
 def main():
@@ -14,8 +14,9 @@ def main():
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--out", type=pathlib.Path, help="the JSON file (default: benchmark-NAME.json)")
     arguments = parser.parse_args()
-    rows = importlib.import_module(f"benchmarks.{arguments.name}").run()
-    finish(rows, arguments.out or pathlib.Path(f"benchmark-{arguments.name}.json"))
+    benchmark = importlib.import_module(f"benchmarks.{arguments.name}")
+    rows, panels = benchmark.run(), getattr(benchmark, "panels", tuple)()
+    finish(rows, arguments.out or pathlib.Path(f"benchmark-{arguments.name}.json"), panels)
 
 
 if __name__ == "__main__":

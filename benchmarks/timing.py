@@ -9,6 +9,7 @@ import time
 
 import jax
 
+from jaxnet.plots import draw
 from jaxnet.record import versions
 
 
@@ -40,8 +41,8 @@ def side_by_side(contenders, repeats=9):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def finish(rows, path):
-    """Print each ratio beside its bound, and write the numbers."""
+def finish(rows, path, panels=()):
+    """Print each ratio beside its bound, write the numbers, and draw the panels beside them."""
     width = max(len(row.what) for row in rows)
     print(f"{'what':{width}}  {'ratio':>8}  {'bound':>8}")
     for row in rows:
@@ -51,4 +52,6 @@ def finish(rows, path):
     machine = {"platform": platform.platform(), "processors": os.cpu_count(), "device": str(jax.devices()[0])}
     found = {"versions": versions(), "machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps(found, indent=1) + "\n")
+    for name, figure in draw(panels).items():
+        figure.savefig(path.with_name(f"{path.stem}-{name}.png"))
     print(f"wrote {path}")

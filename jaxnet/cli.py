@@ -7,7 +7,7 @@ import io
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxnet import experiments, report
 from jaxnet.experiments import analyse as main_job
+from jaxnet.experiments import spectrum
 from jaxnet.experiments.task import known
 from jaxnet.record import Record, versions
 
@@ -35,6 +36,11 @@ class Output:
 @dataclasses.dataclass(frozen=True)
 class Analyse(main_job.AnalyseConfig, Output):
     """Derive a task's learning rate from curvature and noise, train at it, and measure whether theory was right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum(spectrum.SpectrumConfig, Output):
+    """Show the eigenvalues of a task's Hessian: their density, the largest of them, and each layer's largest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Doctor:
 
 Command = (
     Annotated[Analyse, tyro.conf.subcommand("analyse")]
+    | Annotated[Spectrum, tyro.conf.subcommand("spectrum")]
     | Annotated[Experiment, tyro.conf.subcommand("experiment")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
@@ -75,7 +82,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         command = _parse(arguments)
         if isinstance(command, Analyse):
-            return _analyse(command, console)
+            return _staged(command, main_job.AnalyseConfig, main_job.stages, console)
+        if isinstance(command, Spectrum):
+            return _staged(command, spectrum.SpectrumConfig, spectrum.stages, console)
         if isinstance(command, Experiment):
             return _experiment(command, console)
         return _list(console) if isinstance(command, List) else _doctor(console)
@@ -87,7 +96,7 @@ def run(arguments: Sequence[str]) -> int:
         return INTERRUPTED
 
 
-def _parse(arguments: Sequence[str]) -> Analyse | Experiment | List | Doctor:
+def _parse(arguments: Sequence[str]) -> Analyse | Spectrum | Experiment | List | Doctor:
     """The command; tyro's boxed complaint is brought to one line."""
     printed = io.StringIO()
     try:
@@ -137,14 +146,14 @@ def _finish(record: Record, folder: pathlib.Path, console: Console) -> None:
     console.print(f"{folder}: {', '.join(path.name for path in paths)}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _analyse(command: Analyse, console: Console) -> int:
+def _staged(command: Any, make_config: Any, stages: Callable[..., Iterator[Record]], console: Console) -> int:
+    """Run a job that yields its record as it grows, and keep the last even if it is interrupted."""
     _check_out(command)
-    fields = [field.name for field in dataclasses.fields(main_job.AnalyseConfig)]
-    config = main_job.AnalyseConfig(**{name: getattr(command, name) for name in fields})
+    config = make_config(**{field.name: getattr(command, field.name) for field in dataclasses.fields(make_config)})
     record = None
     try:
         with jax.enable_x64(config.dtype == "float64"), _progress() as progress:
-            for stage in main_job.stages(config, progress):
+            for stage in stages(config, progress):
                 record = stage
     finally:
         if record is not None:
@@ -175,6 +184,7 @@ def _list(console: Console) -> int:
 EXTRAS = {
     "app": ("tyro", "rich", "matplotlib", "sklearn"),
     "data": ("mnist1d", "mlxtend"),
+    "stochastic": ("matfree",),
 }
 
 
@@ -185,5 +195,5 @@ def _doctor(console: Console) -> int:
     for extra, modules in EXTRAS.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         state = f"lacks {', '.join(missing)}: pip install 'jaxnet\\[{extra}]'" if missing else "installed"
-        console.print(f"extra {extra:4} {state}", highlight=False)
+        console.print(f"extra {extra:10} {state}", highlight=False)
     return DONE

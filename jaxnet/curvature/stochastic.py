@@ -51,7 +51,8 @@ def trace(op: LinearOperator, *, key: Array, num_matvecs: int = 60, method: str 
     Args:
       op: a symmetric operator over n numbers.
       key: a `jax.random.key` for the probes.
-      num_matvecs: products to spend; n of them give the trace itself. For "hutch++" and "xtrace" a third and a half as many vectors are held at a time.
+      num_matvecs: products to spend; n of them give the trace itself. "hutch++" holds two thirds as many vectors like
+        params at a time, the others as many.
       method: "hutchinson", "hutch++" or "xtrace".
 
     Raises:

@@ -90,7 +90,7 @@ class TrackObserver:
 
 
 def track(loss: Loss, batch: ArrayTree, *, key: Array, every: int = 1, tol: float = 1e-3) -> Tracker:
-    """Follow λ_max of the loss's Hessian while params move: a check takes about 3 products, where the first takes 10 to 30.
+    """Follow λ_max of the loss's Hessian while params move: a check takes about 3 products, the first 10 to 30.
 
     In anyone's loop, under `jit` or `scan`::
 

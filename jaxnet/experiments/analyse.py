@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnet import learning_rate, losses, record, training
+from jaxnet import curvature, learning_rate, losses, record, training
 from jaxnet.contract import Array
-from jaxnet.curvature import sharpness
 from jaxnet.data.orders import check_batch_size
 from jaxnet.experiments.task import Task, TaskConfig, check_seed, known, make_task
 from jaxnet.learning_rate import Analysis, Ladder
@@ -26,9 +25,6 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
 }
 # Rates of the ladder, in units of the predicted limit 2/λ_max: from .35 to 8, closer together around 1.
 STEPS_OF_LADDER = 2.0 ** np.unique(np.concatenate([np.arange(-1.5, 3.01, 0.25), np.arange(-0.5, 0.51, 0.125)]))
-# With more examples than this, the ladder, the λ_max it is held against, and λ_max along training take the first half
-# as many: on a CPU all of them would take minutes.
-MANY_EXAMPLES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,21 +91,13 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
     ):
         share = lambda done, number=number: progress(f"training, {name}", 0.15 + 0.2 * (number + done))
         runs.append(_train(config, task, analysis, name, batch_size, keys[2], share))
-        with_runs = _with_runs(found, runs, len(_sample(task)[1]))
+        with_runs = _with_runs(found, runs, len(task.sample[1]))
         yield with_runs
     found = with_runs
 
     progress("ladder of rates", 0.8)
     yield _with_ladder(found, task, analysis, keys[3:])
     progress("done", 1.0)
-
-
-def _sample(task: Task) -> tuple[Array, Array]:
-    """The training examples that the costly measurements take."""
-    if len(task.train[1]) <= MANY_EXAMPLES:
-        return task.train
-    inputs, targets = (x[: MANY_EXAMPLES // 2] for x in task.train)
-    return inputs, targets
 
 
 def _of_analysis(analysis: Analysis) -> dict[str, Any]:
@@ -167,12 +155,7 @@ def _train(
     rate = float(analysis.rate(batch_size)) * (1 if config.optimizer == "sgd" else 1 - MOMENTUM)
     if batch_size is None and config.learning_rate is not None:
         rate = config.learning_rate
-    sample = _sample(task)
-    seen = [sharpness(task.loss, task.params, sample, key=key, v0=analysis.sharpness.vector)]
-
-    def follow(progress: training.FitProgress) -> None:
-        share(progress.epoch / progress.num_epochs)
-        seen.append(sharpness(task.loss, progress.state.params, sample, key=key, v0=seen[-1].vector))
+    followed = curvature.track(task.loss, task.sample, key=key).observer(task.params)
 
     result = training.fit(
         task.loss,
@@ -185,7 +168,7 @@ def _train(
         key=key,
         validation=task.test,
         metrics={"loss": task.loss},
-        observers=[follow],
+        observers=[followed, lambda progress: share(progress.epoch / progress.num_epochs)],
     )
     first = lambda batch: float(task.loss(task.params, batch)) if batch is not None else np.nan
     history = result.history
@@ -202,8 +185,8 @@ def _train(
         loss=np.append(first(task.train), history.metrics["loss"]),
         test_loss=np.append(first(task.test), held_out),
         accuracy=accuracy,
-        sharpness=np.array([float(s.value) for s in seen]),
-        num_matvecs=np.array([int(s.num_matvecs) for s in seen]),
+        sharpness=np.array([float(check.value) for check in followed.checks]),
+        num_matvecs=np.array([int(check.num_matvecs) for check in followed.checks]),
         stopped=str(result.stopped),
         diverged=result.stopped.reason == "diverged" or not np.isfinite(history.metrics["loss"][-1]),
     )
@@ -257,10 +240,10 @@ def _sharpness_panel(runs: list[Run], config: Any, sampling: str) -> Panel:
 
 
 def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> Record:
-    batch, value = _sample(task), analysis.sharpness.value
+    batch, value = task.sample, analysis.sharpness.value
     n = len(batch[1])
     if n < len(task.train[1]):
-        value = sharpness(task.loss, task.params, batch, key=keys[0], tol=1e-4).value
+        value = curvature.sharpness(task.loss, task.params, batch, key=keys[0], tol=1e-4).value
     predicted = float(learning_rate.maximal(value))
     rates = predicted * STEPS_OF_LADDER
     ladder = learning_rate.measure_limits(task.loss, task.params, batch, rates, key=keys[1])

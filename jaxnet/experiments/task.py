@@ -32,6 +32,10 @@ MODELS = ("linear", "mlp", "lenet")
 # Examples at a time: a convolution's patches are 25 times its images.
 CHUNK = {"linear": 2000, "mlp": 2000, "lenet": 100}
 
+# With more examples than this, what takes many passes over the data takes the first half as many: on a CPU all of them
+# would take minutes.
+MANY_EXAMPLES = 2000
+
 
 def known(kind: str, name: str, names: Any) -> str:
     """``name``, if it is one of ``names``.
@@ -100,6 +104,14 @@ class Task:
     def num_params(self) -> int:
         """How many numbers the params hold."""
         return sum(x.size for x in jax.tree.leaves(self.params))
+
+    @property
+    def sample(self) -> tuple[Array, Array]:
+        """The training examples that costly measurements take: all, or the first of many."""
+        if len(self.train[1]) <= MANY_EXAMPLES:
+            return self.train
+        inputs, targets = (x[: MANY_EXAMPLES // 2] for x in self.train)
+        return inputs, targets
 
 
 def make_task(config: TaskConfig, *, key: Array) -> Task:

@@ -1,0 +1,118 @@
+"""λ_max of an MLP's cross-entropy by jaxnet and by other libraries, each over the same params and batch.
+
+A library is ``(solve, settings)``: ``solve(setting)`` draws a start vector and returns an estimate, and the setting is
+a tolerance where the library has one, else a number of products. Whatever it prepares anew at new params is in its
+time; what only its first call compiles is not.
+"""
+
+import importlib
+import itertools
+import warnings
+
+import jax
+import numpy as np
+import scipy.sparse.linalg
+from jax.flatten_util import ravel_pytree
+
+from jaxnet import curvature
+
+KEY = jax.random.key(0)
+TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+STEPS = (2, 4, 8, 16, 32, 64)
+
+
+def libraries(loss, params, batch):
+    """Name -> ``(solve, settings)`` of every library that is installed."""
+    found = {"jaxnet": (_jaxnet(loss, params, batch), TOLERANCES)}
+    for name, module, make, settings in (
+        ("PyHessian", "pyhessian", _pyhessian, TOLERANCES),
+        ("curvlinops + ARPACK", "curvlinops", _curvlinops, TOLERANCES),
+        ("hessian-eigenthings", "hessian_eigenthings", _eigenthings, STEPS),
+        ("matfree", "matfree.decomp", _matfree, STEPS[:-1]),
+    ):
+        try:
+            peer = importlib.import_module(module)
+        except ImportError:
+            print(f"{name} is not installed: its rows are left out")
+        else:
+            found[name] = (make(peer, loss, params, batch), settings)
+    return found
+
+
+def flat_product(loss, params, batch):
+    """The Hessian product over flat vectors, written out; and the number of params."""
+    flat, unravel = ravel_pytree(params)
+    gradient = jax.grad(lambda w, batch: loss(unravel(w), batch))
+    return lambda v: jax.jvp(lambda w: gradient(w, batch), (flat,), (v,))[1], flat.size
+
+
+def _jaxnet(loss, params, batch):
+    keys = itertools.cycle(list(jax.random.split(KEY, 50)))
+
+    def solve(tol):
+        found = curvature.sharpness(loss, params, batch, key=next(keys), tol=tol)
+        return float(jax.block_until_ready(found).value)
+
+    return solve
+
+
+def _matfree(decomp, loss, params, batch):
+    keys = itertools.cycle(list(jax.random.split(KEY, 50)))
+
+    @jax.jit(static_argnames="steps")
+    def largest(params, batch, key, steps):
+        product, n = flat_product(loss, params, batch)
+        found = decomp.tridiag_sym(steps)(product, jax.random.normal(key, (n,)))
+        return jax.numpy.linalg.eigvalsh(found.J_small)[-1]
+
+    return lambda steps: float(largest(params, batch, next(keys), steps))
+
+
+def _pyhessian(pyhessian, loss, params, batch):
+    model, criterion, data = _torch(params, batch)
+
+    def solve(tol):
+        model.zero_grad(set_to_none=True)
+        with warnings.catch_warnings(action="ignore"):
+            hessian = pyhessian.hessian(model, criterion, data=data, cuda=False)
+        # Its own limit of 100 steps goes with its own tolerance, 1e-3.
+        return hessian.eigenvalues(maxIter=100 if tol >= 1e-3 else 1000, tol=tol)[0][0]
+
+    return solve
+
+
+def _curvlinops(curvlinops, loss, params, batch):
+    model, criterion, data = _torch(params, batch)
+
+    def solve(tol):
+        op = curvlinops.HessianLinearOperator(
+            model, criterion, list(model.parameters()), [data], check_deterministic=False
+        )
+        return scipy.sparse.linalg.eigsh(op.to_scipy(), k=1, which="LA", tol=tol, return_eigenvectors=False)[0]
+
+    return solve
+
+
+def _eigenthings(eigenthings, loss, params, batch):
+    model, criterion, data = _torch(params, batch)
+
+    def solve(steps):
+        op = eigenthings.HessianOperator(model, [data], eigenthings.supervised_loss(criterion))
+        return eigenthings.lanczos(op, k=1, max_iter=steps, which="LA").eigenvalues[0].item()
+
+    return solve
+
+
+def _torch(params, batch):
+    """The same network, weights and batch in PyTorch."""
+    import torch
+
+    torch.manual_seed(0)
+    modules = []
+    for layer in filter(None, params):
+        kernel, bias = np.array(layer["kernel"]), np.array(layer["bias"])
+        linear = torch.nn.Linear(*kernel.shape)
+        linear.weight.data, linear.bias.data = torch.tensor(kernel.T), torch.tensor(bias)
+        modules += [linear, torch.nn.Tanh()]
+    data = torch.tensor(np.array(batch[0])), torch.tensor(np.array(batch[1])).long()
+    return torch.nn.Sequential(*modules[:-1]), torch.nn.CrossEntropyLoss(), data
