@@ -78,6 +78,14 @@ def check(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int:
     return n
 
 
+def not_finite(**trees: ArrayTree) -> list[str]:
+    """The names of the leaves that hold a NaN or an infinity; for values at hand, not for tracers."""
+    leaves = jax.tree_util.tree_leaves_with_path(trees)
+    inexact = [(path, leaf) for path, leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    bad = [path for path, leaf in inexact if not jnp.isfinite(leaf).all()]
+    return [f"{path[0].key}{jax.tree_util.keystr(path[1:])}" for path in bad]
+
+
 def is_stream(batch: Any) -> bool:
     """Whether ``batch`` is a data set in batches: a list of batches, or another object that is iterated over.
 

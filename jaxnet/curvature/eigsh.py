@@ -156,22 +156,25 @@ def _compiled(
 def _pairs(plan: search.Plan, end: search.Search) -> Eigenpairs:
     found = end.found
     wanted = search.rank(plan.which, found)[: plan.k]
-    wanted = wanted[jnp.argsort(-found.values[wanted])]
+    order = jnp.argsort(-found.values[wanted])
+    wanted = wanted[order]
     held = found.held[wanted] & ~end.failed
     values = jnp.where(held, found.values[wanted], jnp.nan)
-    basis = jax.tree.map(lambda q: q[: plan.basis], end.lanczos.basis)
     return Eigenpairs(
         values=values,
-        vectors=lanczos.combine(basis, found.coefficients[:, wanted]),
+        vectors=jax.tree.map(lambda q: q[order], end.lanczos.basis),
         residual_norms=jnp.where(held, found.residual_norms[wanted], jnp.nan),
         num_matvecs=end.num_matvecs,
         converged=end.settled & held.all() & jnp.isfinite(values).all(),
     )
 
 
+@jax.jit
 def _start(params: ArrayTree, v0: ArrayTree | None, key: Array) -> ArrayTree:
     random = lanczos.random_like(key, params)
-    return random if v0 is None else _blended(v0, random)
+    start = random if v0 is None else _blended(v0, random)
+    # At params that are not finite there is nothing to find: the start says so.
+    return jax.tree.map(lambda x, p: x + 0 * p, start, params)
 
 
 def _blended(v0: ArrayTree, random: ArrayTree) -> ArrayTree:

@@ -202,10 +202,12 @@ def ritz(state: Lanczos) -> Ritz:
 def restart(state: Lanczos, found: Ritz, kept: Array) -> Lanczos:
     """Keep the Ritz vectors at the indices ``kept`` and the next vector; T becomes their diagonal of values."""
     p, m = kept.shape[0], state.projected.shape[0]
-    vectors = combine(jax.tree.map(lambda q: q[:m], state.basis), found.coefficients[:, kept])
+    # In place: no slice of the basis, which would be a copy, and no write before all that reads what it replaces.
+    vectors = combine(state.basis, jnp.pad(found.coefficients[:, kept], ((0, 1), (0, 0))))
 
     def leaf(q: Array, v: Array) -> Array:
-        return q.at[p].set(q[m]).at[:p].set(v).at[p + 1 :].set(0)
+        q = q.at[:p].set(v)
+        return q.at[p].set(q[m]).at[p + 1 :].set(0)
 
     return state._replace(
         basis=jax.tree.map(leaf, state.basis, vectors),

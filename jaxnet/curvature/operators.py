@@ -65,9 +65,12 @@ class _HessianProduct:
     loss: Loss
 
     def __call__(self, params: ArrayTree, batch: ArrayTree, v: ArrayTree) -> ArrayTree:
-        gradient = lambda p: jax.grad(self.loss)(p, batch)
+        contract.check(self.loss, params, batch)
+        gradient = lambda p: jax.value_and_grad(self.loss)(p, batch)
         tangent = jax.tree.map(lambda p, t: jnp.asarray(t, jnp.result_type(p)), params, v)
-        return jax.jvp(gradient, (params,), (tangent,))[1]
+        (value, _), (_, product) = jax.jvp(gradient, (params,), (tangent,))
+        # A loss that is not finite has no curvature, whatever its derivatives say.
+        return jax.tree.map(lambda x: x + 0 * value.astype(x.dtype), product)
 
 
 @functools.partial(jax.jit, static_argnames="product")

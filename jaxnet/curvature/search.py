@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import bound, lanczos
@@ -51,8 +50,8 @@ class Plan:
 
     @property
     def kept(self) -> int:
-        """How many Ritz vectors survive a restart."""
-        return min(self.k + (self.basis - self.k) // 2, self.basis - 1)
+        """How many Ritz vectors survive a restart; all where there is none but the last."""
+        return self.basis if self.basis == self.n else self.k + (self.basis - self.k) // 2
 
     @property
     def certified(self) -> bool:
@@ -97,13 +96,19 @@ class Search(NamedTuple):
 def run(
     plan: Plan, matvec: Callable[[ArrayTree], ArrayTree], start: ArrayTree, tol: Array | float, while_loop: Any
 ) -> Search:
-    """Search from ``start``, in a `lax.while_loop` or a loop of the host."""
+    """Search from ``start``, in a `lax.while_loop` or a loop of the host; a start that is not finite fails at once.
 
-    def body(search: Search) -> Search:
-        search = _make_room(plan, search)
+    The state that it ends in has been restarted: its basis begins with the wanted Ritz vectors.
+    """
+    room_left = lambda search: _going_on(plan, search) & (search.lanczos.size < plan.basis)
+
+    def step(search: Search) -> Search:
         return _absorb(plan, search, matvec(lanczos.current(search.lanczos)), tol)
 
-    return while_loop(functools.partial(_going_on, plan), body, _begin(plan, start))
+    def cycle(search: Search) -> Search:
+        return _restart(plan, while_loop(room_left, step, search))
+
+    return while_loop(functools.partial(_going_on, plan), cycle, _begin(plan, start))
 
 
 def host_while(going_on: Callable[[Search], Array], body: Callable[[Search], Search], search: Search) -> Search:
@@ -119,8 +124,8 @@ def _begin(plan: Plan, start: ArrayTree) -> Search:
     zero, dtype = jnp.zeros((), jnp.int32), state.projected.dtype
     nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lanczos.ritz, state))
     room = jnp.zeros(min(plan.limit, _ROOM), dtype)
-    no = jnp.array(False)
-    return Search(state, nothing, room, zero, jnp.zeros((), dtype), zero, zero, no, no)
+    failed = ~jnp.isfinite(lanczos.norm(start))
+    return Search(state, nothing, room, zero, jnp.zeros((), dtype), zero, zero, jnp.array(False), failed)
 
 
 def _going_on(plan: Plan, search: Search) -> Array:
@@ -128,23 +133,16 @@ def _going_on(plan: Plan, search: Search) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _make_room(plan: Plan, search: Search) -> Search:
-    """Restart if the basis is full."""
-    if plan.basis == plan.n:
-        return search
-
-    def restarted(search: Search) -> Search:
-        found = search.found
-        order = rank(plan.which, found)
-        # A Ritz value beyond the room is not written.
-        places = search.num_discarded + jnp.arange(plan.basis - plan.kept)
-        return search._replace(
-            lanczos=lanczos.restart(search.lanczos, found, order[: plan.kept]),
-            discarded=search.discarded.at[places].set(found.values[order[plan.kept :]], mode="drop"),
-            num_discarded=search.num_discarded + plan.basis - plan.kept,
-        )
-
-    return lax.cond(search.lanczos.size == plan.basis, restarted, lambda search: search, search)
+def _restart(plan: Plan, search: Search) -> Search:
+    """Keep the best Ritz vectors; the values of the others are remembered, unless the search ends here."""
+    order = rank(plan.which, search.found)
+    others = search.found.values[order[plan.kept :]]
+    return search._replace(
+        lanczos=lanczos.restart(search.lanczos, search.found, order[: plan.kept]),
+        # One that lies beyond the room is not written.
+        discarded=search.discarded.at[search.num_discarded + jnp.arange(others.size)].set(others, mode="drop"),
+        num_discarded=search.num_discarded + jnp.where(_going_on(plan, search), others.size, 0),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -218,4 +216,5 @@ def _seen(plan: Plan, search: Search, tol: Array | float) -> tuple[Array, Array]
         wider = jnp.maximum(tolerated, jnp.minimum(_OF_GAP * gap, _OF_NORM * norm))
         near &= bound.log_sum(search.polynomials, end + sign * tolerated) > target
         far &= bound.log_sum(search.polynomials, end + sign * wider) > target
-    return near, far
+    # After thousands of products the bound is given up, and the estimate alone decides.
+    return near, far | (search.num_discarded > search.discarded.size)

@@ -171,7 +171,7 @@ def _parts(params: ArrayTree) -> dict[str, Any]:
     filled = [i for i, (_, child) in enumerate(children) if jax.tree.leaves(child)]
     masks = {f"params{jax.tree_util.keystr(children[i][0])}": only(i) for i in filled}
     kernels = jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
-    if len(masks) > 1 and any(jax.tree.leaves(kernels)):
+    if any(jax.tree.leaves(kernels)) and not all(jax.tree.leaves(kernels)):
         masks["weights without biases"] = kernels
     return masks
 

@@ -125,10 +125,8 @@ def analyse(
     noise = noise_scale(loss, params, batch)
     value = float(sharp.value)
     if not (jnp.isfinite(sharp.value) and jnp.isfinite(noise.trace)):
-        raise ValueError(
-            "loss: its gradient or Hessian is not finite at these params; look for NaN or overflow in params, "
-            "batch or loss"
-        )
+        where = contract.not_finite(params=params, batch=batch, loss=loss(params, batch))
+        raise ValueError(f"not finite: {', '.join(where) or 'the gradient or the Hessian of the loss at these params'}")
     if value <= 0:
         raise ValueError(
             f"loss: its largest Hessian eigenvalue is {value:.3g}, not positive, so no rate follows from it; "

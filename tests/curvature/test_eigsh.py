@@ -48,6 +48,9 @@ def strakos(n, low=0.1, high=100.0, rho=0.9):
 CASES = {
     "laplacian 1": (laplacian(1), 2.0),
     "laplacian 2": (laplacian(2), 3.0),
+    "laplacian 1000": (laplacian(1000), 2 - 2 * np.cos(1000 * np.pi / 1001)),
+    "clement 300": (clement(300), 299.0),
+    "strakos 1000": (strakos(1000), 100.0),
     "laplacian 60": (laplacian(60), 2 - 2 * np.cos(60 * np.pi / 61)),
     "ring 31, double top": (ring(31), 2 - 2 * np.cos(30 * np.pi / 31)),
     "clement 40": (clement(40), 39.0),

@@ -68,6 +68,43 @@ def dense_gauss_newton(loss, params, batch):
     return np.einsum("nki,nkl,nlj->ij", jacobian, blocks, jacobian) / len(outputs)
 
 
+def attention(params, tokens):
+    """Two causal heads over (N, T, d), averaged over T, to three classes."""
+    split = lambda x: x.reshape(*x.shape[:2], 2, -1)
+    q, k, v = (split(tokens @ params[name]) for name in ("q", "k", "v"))
+    scores = jnp.einsum("nthd,nshd->nhts", q, k) / q.shape[-1] ** 0.5
+    scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+    mixed = jnp.einsum("nhts,nshd->nthd", jax.nn.softmax(scores), v)
+    return mixed.reshape(*tokens.shape[:2], -1).mean(axis=1) @ params["out"]
+
+
+def conv_problem():
+    model = nn.serial(nn.conv(2, 3), nn.activation(jnp.tanh), nn.avg_pool(2), nn.flatten(), nn.dense(3))
+    batch = (jax.random.normal(jax.random.key(1), (5, 6, 6, 1)), jnp.array([0, 1, 2, 0, 1]))
+    return losses.mean_loss(model.apply, losses.softmax_cross_entropy), model.init(jax.random.key(0), (6, 6, 1)), batch
+
+
+def attention_problem():
+    keys = jax.random.split(jax.random.key(0), 5)
+    params = {name: jax.random.normal(k, (4, 4)) / 2 for name, k in zip("qkv", keys[:3], strict=True)}
+    params["out"] = jax.random.normal(keys[3], (4, 3)) / 2
+    batch = (jax.random.normal(keys[4], (5, 3, 4)), jnp.array([0, 1, 2, 0, 1]))
+    return losses.mean_loss(attention, losses.softmax_cross_entropy), params, batch
+
+
+@pytest.mark.parametrize("problem", [conv_problem, attention_problem])
+def test_other_architectures_by_dense_autodiff(problem, x64):
+    loss, params, batch = problem()
+    close = lambda op, dense: np.testing.assert_allclose(curvature.materialize(op), dense, rtol=1e-8, atol=1e-12)
+    close(curvature.hessian(loss, params, batch), dense_hessian(loss, params, batch))
+    close(curvature.gauss_newton(loss, params, batch), dense_gauss_newton(loss, params, batch))
+    # The Fisher draws labels: those very labels' gradients, by a loop.
+    key = jax.random.key(3)
+    drawn = jax.random.categorical(key, loss.apply(params, batch[0]))
+    rows = rows_of(loss, params, (batch[0], drawn))
+    close(curvature.fisher(loss, params, batch, key=key), rows.T @ rows / len(rows))
+
+
 @pytest.mark.parametrize("size", [None, 5])
 def test_gauss_newton_is_the_dense_one(mlp_problem, size):
     loss, params, batch = mlp_problem

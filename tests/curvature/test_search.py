@@ -1,0 +1,107 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnet import curvature, losses, nn
+from jaxnet.curvature import LinearOperator
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+
+
+def product(params, d, v):
+    return d * v
+
+
+def diagonal(d):
+    return LinearOperator(product, jnp.zeros(len(d)), jnp.asarray(d, jnp.float32))
+
+
+SPECTRA = {
+    "laplacian": 2 - 2 * np.cos(np.arange(1, 61) * np.pi / 61),
+    "uniform": np.linspace(0, 1, 400),
+    "network-like": np.append(RNG.normal(size=500) * 0.05, [1.0, 0.97, 0.5]),
+    "strakos": 0.1 + np.arange(100) / 99 * 99.9 * 0.9 ** np.arange(99, -1, -1),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_converged_is_honest(name):
+    """1000 random starts: of those that call themselves converged, 99 % are within the tolerance."""
+    op, top = diagonal(SPECTRA[name]), SPECTRA[name].max()
+
+    def one(key):
+        found = curvature.eigsh(op, key=key)
+        return found.values[0], found.converged
+
+    values, converged = map(np.asarray, jax.lax.map(one, jax.random.split(KEY, 1000)))
+    assert converged.all()
+    assert (np.abs(values - top) <= 1e-3 * top).mean() >= 0.99
+
+
+@pytest.mark.parametrize("which", ["SA", "LM", "BE"])
+def test_the_other_ends_are_honest_too(which):
+    """The Laplacian is dense at both ends; shifted so that both are of one size."""
+    d = SPECTRA["laplacian"] - 2
+    op, k = diagonal(d), 2 if which == "BE" else 1
+    expected = {"SA": d[:1], "LM": np.abs(d).max(), "BE": d[[-1, 0]]}[which]
+
+    def one(key):
+        found = curvature.eigsh(op, k, which=which, key=key)
+        return found.values, found.converged
+
+    values, converged = map(np.asarray, jax.lax.map(one, jax.random.split(KEY, 300)))
+    assert converged.all()
+    error = np.abs((np.abs(values) if which == "LM" else values) - expected).max(axis=1)
+    assert (error <= 2e-3).mean() >= 0.98
+
+
+def test_four_vectors_find_the_top_of_every_spectrum():
+    for d in SPECTRA.values():
+        found = curvature.eigsh(diagonal(d), key=KEY, ncv=4)
+        assert bool(found.converged)
+        np.testing.assert_allclose(found.values[0], d.max(), rtol=1e-3)
+
+
+def test_the_low_memory_mode_takes_eight_vectors_more_than_a_gradient():
+    """Peak of the compiled program, in vectors of the size of 10⁶ params."""
+    model = nn.mlp([1000, 1], activation=jnp.tanh)
+    loss = losses.mean_loss(model.apply, losses.squared_error)
+    params = jax.eval_shape(lambda: model.init(KEY, (1000,)))
+    batch = (jax.ShapeDtypeStruct((4, 1000), jnp.float32), jax.ShapeDtypeStruct((4, 1), jnp.float32))
+
+    def peak(function):
+        needed = jax.jit(function).lower(params, batch).compile().memory_analysis()
+        return needed.temp_size_in_bytes + needed.output_size_in_bytes
+
+    low = peak(lambda p, b: curvature.sharpness(loss, p, b, key=KEY, ncv=4))
+    one_vector = 4 * sum(x.size for x in jax.tree.leaves(params))
+    assert 5 <= (low - peak(jax.grad(loss))) / one_vector <= 8
+
+
+def test_a_basis_too_small_is_refused():
+    with pytest.raises(ValueError, match="ncv: expected at least k \\+ 2 = 5"):
+        curvature.eigsh(diagonal(np.ones(9)), 3, key=KEY, ncv=4)
+
+
+def test_a_million_dimensions_with_a_gap():
+    """A diagonal conjugated by a Householder reflection, Q = I − 2uuᵀ."""
+    n = 10**6
+    d = np.append(np.linspace(-0.3, 0.3, n - 2), [0.8, 1.0]).astype(np.float32)
+    u = np.random.default_rng(1).normal(size=n).astype(np.float32)
+    u /= np.linalg.norm(u)
+
+    def conjugated(params, operands, v):
+        d, u = operands
+        reflect = lambda x: x - 2 * u * jnp.vdot(u, x, precision="highest")
+        return reflect(d * reflect(v))
+
+    op = LinearOperator(conjugated, jnp.zeros(n), (jnp.asarray(d), jnp.asarray(u)))
+    found = curvature.eigsh(op, 2, key=KEY, tol=1e-5)
+    assert bool(found.converged)
+    np.testing.assert_allclose(found.values, [1.0, 0.8], atol=1e-5)
+    top = np.asarray(found.vectors[0])
+    expected = -2 * u * u[-1]
+    expected[-1] += 1
+    np.testing.assert_allclose(abs(top @ expected), 1.0, atol=1e-3)
