@@ -1,22 +1,21 @@
 """λ_max of an MLP's cross-entropy by jaxnet and by other libraries, each over the same params and batch.
 
-A library is ``(solve, settings)``: ``solve(setting)`` draws a start vector and returns an estimate, and the setting is
-a tolerance where the library has one, else a number of products. Whatever it prepares anew at new params is in its
-time; what only its first call compiles is not.
+A library is ``(solve, settings)``: ``solve(setting, seed)`` is an estimate from the random start of that seed, and the
+setting is a tolerance where the library has one, else a number of products. Whatever it prepares anew at new params is
+in its time; what only its first call compiles is not.
 """
 
+import functools
 import importlib
-import itertools
 import warnings
 
 import jax
 import numpy as np
-import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
+from scipy.sparse.linalg import eigsh
 
 from jaxnet import curvature
 
-KEY = jax.random.key(0)
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 STEPS = (2, 4, 8, 16, 32, 64)
 
@@ -30,13 +29,18 @@ def libraries(loss, params, batch):
         ("hessian-eigenthings", "hessian_eigenthings", _eigenthings, STEPS),
         ("matfree", "matfree.decomp", _matfree, STEPS[:-1]),
     ):
-        try:
-            peer = importlib.import_module(module)
-        except ImportError:
-            print(f"{name} is not installed: its rows are left out")
-        else:
+        if peer := _imported(module):
             found[name] = (make(peer, loss, params, batch), settings)
     return found
+
+
+@functools.cache
+def _imported(module):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        print(f"{module} is not installed: its rows are left out")
+        return None
 
 
 def flat_product(loss, params, batch):
@@ -47,31 +51,30 @@ def flat_product(loss, params, batch):
 
 
 def _jaxnet(loss, params, batch):
-    keys = itertools.cycle(list(jax.random.split(KEY, 50)))
-
-    def solve(tol):
-        found = curvature.sharpness(loss, params, batch, key=next(keys), tol=tol)
+    def solve(tol, seed):
+        found = curvature.sharpness(loss, params, batch, key=jax.random.key(seed), tol=tol)
         return float(jax.block_until_ready(found).value)
 
     return solve
 
 
 def _matfree(decomp, loss, params, batch):
-    keys = itertools.cycle(list(jax.random.split(KEY, 50)))
-
     @jax.jit(static_argnames="steps")
     def largest(params, batch, key, steps):
         product, n = flat_product(loss, params, batch)
         found = decomp.tridiag_sym(steps)(product, jax.random.normal(key, (n,)))
         return jax.numpy.linalg.eigvalsh(found.J_small)[-1]
 
-    return lambda steps: float(largest(params, batch, next(keys), steps))
+    return lambda steps, seed: float(largest(params, batch, jax.random.key(seed), steps))
 
 
 def _pyhessian(pyhessian, loss, params, batch):
+    import torch
+
     model, criterion, data = _torch(params, batch)
 
-    def solve(tol):
+    def solve(tol, seed):
+        torch.manual_seed(seed)
         model.zero_grad(set_to_none=True)
         with warnings.catch_warnings(action="ignore"):
             hessian = pyhessian.hessian(model, criterion, data=data, cuda=False)
@@ -84,11 +87,12 @@ def _pyhessian(pyhessian, loss, params, batch):
 def _curvlinops(curvlinops, loss, params, batch):
     model, criterion, data = _torch(params, batch)
 
-    def solve(tol):
+    def solve(tol, seed):
         op = curvlinops.HessianLinearOperator(
             model, criterion, list(model.parameters()), [data], check_deterministic=False
         )
-        return scipy.sparse.linalg.eigsh(op.to_scipy(), k=1, which="LA", tol=tol, return_eigenvectors=False)[0]
+        start = np.random.default_rng(seed).normal(size=op.shape[0])
+        return eigsh(op.to_scipy(), k=1, which="LA", tol=tol, v0=start, return_eigenvectors=False)[0]
 
     return solve
 
@@ -96,9 +100,9 @@ def _curvlinops(curvlinops, loss, params, batch):
 def _eigenthings(eigenthings, loss, params, batch):
     model, criterion, data = _torch(params, batch)
 
-    def solve(steps):
+    def solve(steps, seed):
         op = eigenthings.HessianOperator(model, [data], eigenthings.supervised_loss(criterion))
-        return eigenthings.lanczos(op, k=1, max_iter=steps, which="LA").eigenvalues[0].item()
+        return eigenthings.lanczos(op, k=1, max_iter=steps, which="LA", seed=seed).eigenvalues[0].item()
 
     return solve
 
@@ -107,7 +111,6 @@ def _torch(params, batch):
     """The same network, weights and batch in PyTorch."""
     import torch
 
-    torch.manual_seed(0)
     modules = []
     for layer in filter(None, params):
         kernel, bias = np.array(layer["kernel"]), np.array(layer["bias"])

@@ -51,6 +51,8 @@ def finish(rows, path, panels=()):
         print(f"{row.what:{width}}  {row.ratio:8.2f}  {relation} {row.bound:5g}{verdict}")
     machine = {"platform": platform.platform(), "processors": os.cpu_count(), "device": str(jax.devices()[0])}
     found = {"versions": versions(), "machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
+    if panels:
+        found["panels"] = [dataclasses.asdict(panel) for panel in panels]
     path.write_text(json.dumps(found, indent=1) + "\n")
     for name, figure in draw(panels).items():
         figure.savefig(path.with_name(f"{path.stem}-{name}.png"))

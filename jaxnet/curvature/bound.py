@@ -17,7 +17,6 @@ Reference:
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import scipy.special
 from jax import lax
@@ -65,8 +64,7 @@ def log_sum(p: Polynomials, x: Array) -> Array:
     return jnp.where(jnp.isneginf(p.log_betas), jnp.inf, known)
 
 
-@jax.jit
-def upper_bound(p: Polynomials, theta: Array, target: float) -> Array:
+def upper_bound(p: Polynomials, theta: Array, target: Array | float) -> Array:
     """The root x > θ of log Σ p_j(x)² = target, by bisection; θ itself if the subspace is invariant."""
     excess = lambda width: log_sum(p, theta + width)
     scale = jnp.maximum(jnp.abs(theta), jnp.max(p.residual_norms))

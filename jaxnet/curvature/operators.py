@@ -66,11 +66,9 @@ class _HessianProduct:
 
     def __call__(self, params: ArrayTree, batch: ArrayTree, v: ArrayTree) -> ArrayTree:
         contract.check(self.loss, params, batch)
-        gradient = lambda p: jax.value_and_grad(self.loss)(p, batch)
+        gradient = lambda p: jax.grad(self.loss)(p, batch)
         tangent = jax.tree.map(lambda p, t: jnp.asarray(t, jnp.result_type(p)), params, v)
-        (value, _), (_, product) = jax.jvp(gradient, (params,), (tangent,))
-        # A loss that is not finite has no curvature, whatever its derivatives say.
-        return jax.tree.map(lambda x: x + 0 * value.astype(x.dtype), product)
+        return jax.jvp(gradient, (params,), (tangent,))[1]
 
 
 @functools.partial(jax.jit, static_argnames="product")

@@ -25,7 +25,7 @@ _IN_A_ROW, _OF_GAP, _OF_NORM = 4, 0.3, 0.04
 # Of a warm start no chance is known; the estimate alone decides.
 _WARM_IN_A_ROW = 2
 # How many discarded Ritz values the bound remembers.
-_ROOM = 1024
+_ROOM = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,5 +216,5 @@ def _seen(plan: Plan, search: Search, tol: Array | float) -> tuple[Array, Array]
         wider = jnp.maximum(tolerated, jnp.minimum(_OF_GAP * gap, _OF_NORM * norm))
         near &= bound.log_sum(search.polynomials, end + sign * tolerated) > target
         far &= bound.log_sum(search.polynomials, end + sign * wider) > target
-    # After thousands of products the bound is given up, and the estimate alone decides.
+    # After many products the bound is given up, and the estimate alone decides.
     return near, far | (search.num_discarded > search.discarded.size)

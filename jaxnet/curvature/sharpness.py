@@ -1,7 +1,6 @@
 """The largest eigenvalue of the Hessian, with a bound from above."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -13,7 +12,8 @@ from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import bound
 from jaxnet.curvature.eigsh import check_tolerance, find, make_plan
-from jaxnet.curvature.operators import StreamedOperator, hessian
+from jaxnet.curvature.operators import LinearOperator, StreamedOperator, hessian
+from jaxnet.curvature.search import Plan
 
 
 @jax.tree_util.register_dataclass
@@ -93,22 +93,40 @@ def sharpness(
             raise ValueError("subsample: the start is v0 already; give one of the two")
         v0 = _from_subsample(loss, params, batch, subsample, key, tol)
     plan = make_plan(op, 1, "LA", max_matvecs, ncv, v0 is not None)
+    target = bound.log_inverse_share(plan.n, failure_probability)
+    if isinstance(op, StreamedOperator):
+        return _measure(loss, op, v0, key, tol, target, plan, sampling_error)
+    return _compiled(loss, op, v0, key, tol, target, plan, sampling_error)
+
+
+def _measure(
+    loss: Loss,
+    op: LinearOperator,
+    v0: ArrayTree | None,
+    key: Array,
+    tol: Array | float,
+    target: Array | float,
+    plan: Plan,
+    sampling_error: bool,
+) -> Sharpness:
     pairs, end = find(op, v0, key, tol, plan)
     value, vector = pairs.values[0], jax.tree.map(lambda x: x[0], pairs.vectors)
+    if not isinstance(op, StreamedOperator):
+        # A loss that is not finite has no curvature, whatever its derivatives say.
+        value += 0 * lax.stop_gradient(loss(op.params, op.operands)).astype(value.dtype)
     unknown = jnp.full_like(value, jnp.nan)
-    upper = unknown
-    if v0 is None:
-        target = bound.log_inverse_share(plan.n, failure_probability)
-        upper = bound.upper_bound(end.polynomials, lax.stop_gradient(value), target)
     return Sharpness(
         value=value,
         vector=vector,
         residual_norm=pairs.residual_norms[0],
-        upper_bound=upper,
+        upper_bound=unknown if plan.warm else bound.upper_bound(end.polynomials, lax.stop_gradient(value), target),
         num_matvecs=pairs.num_matvecs,
-        converged=pairs.converged,
-        sampling_error=_sampling_error(loss, op.params, batch, vector) if sampling_error else unknown,
+        converged=pairs.converged & jnp.isfinite(value),
+        sampling_error=_sampling_error(loss, op.params, op.operands, vector) if sampling_error else unknown,
     )
+
+
+_compiled = jax.jit(_measure, static_argnames=("loss", "plan", "sampling_error"))
 
 
 def _from_subsample(loss: Loss, params: ArrayTree, batch: ArrayTree, size: int, key: Array, tol: float) -> ArrayTree:
@@ -120,7 +138,6 @@ def _from_subsample(loss: Loss, params: ArrayTree, batch: ArrayTree, size: int, 
     return sharpness(loss, params, part, key=key, tol=tol).vector
 
 
-@functools.partial(jax.jit, static_argnames="loss")
 def _sampling_error(loss: Loss, params: ArrayTree, batch: ArrayTree, vector: ArrayTree) -> Array:
     def form(example: ArrayTree) -> Array:
         return optax.tree.vdot(vector, hessian(loss, params, jax.tree.map(lambda x: x[None], example))(vector))
