@@ -37,7 +37,7 @@ def run():
     for problem in problems():
         rows += [problem.product(), problem.solver(), problem.beyond_krylov()]
         rows += [problem.against("PyHessian", 1e-3, 0.8), problem.against("PyHessian", 1e-6, 0.5)]
-        rows += [problem.against("curvlinops + ARPACK", 1e-6, 0.25), problem.warm_checks()]
+        rows += [problem.against("curvlinops + ARPACK", 1e-6, 0.25), problem.warm_checks(), problem.two_levels()]
     return [row for row in rows if row] + [_first_call(), _traces(), _memory()]
 
 
@@ -142,6 +142,12 @@ class Problem:
 
     def warm_checks(self):
         return Row(f"{self.name}: products a warm check", statistics.median(_checks(self)), 3, False, {})
+
+    def two_levels(self, starts=20):
+        """Products with all of the data from a sub-sample's eigenvector, against those from a random start."""
+        spent = lambda **how: [self.sharpness(key=key, **how).num_matvecs for key in jax.random.split(KEY, starts)]
+        ratio = statistics.median(map(int, spent(subsample=200))) / statistics.median(map(int, spent()))
+        return Row(f"{self.name}: full-data products from a sub-sample's start / a random one", ratio, 0.75, False, {})
 
     def panel(self):
         series = []

@@ -64,7 +64,7 @@ def eigsh(
       max_matvecs: a limit on the products; by default enough for any gap that the dtype resolves.
       key: a `jax.random.key` for the start vector.
       v0: a start vector like params, such as the last eigenvector found nearby; a hundredth of a random one is added.
-      ncv: how many Lanczos vectors are kept at most, beside one to go on with; by default 2k + 18. With k + 3 of them
+      ncv: how many Lanczos vectors are kept at most, beside one to go on with; by default 2k + 12. With k + 3 of them
         extreme values are found in the least memory, by more products.
 
     Returns:
@@ -126,7 +126,7 @@ def make_plan(
     # A gap of a rounding error takes about 1/√eps products; in double precision nobody waits for it.
     eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(op.params))).eps)
     limit = min(int(8 / eps**0.5), _PATIENCE) if max_matvecs is None else max_matvecs
-    return search.Plan(n, k, which, min(n, 2 * k + 18 if ncv is None else ncv), limit, warm)
+    return search.Plan(n, k, which, min(n, 2 * k + 12 if ncv is None else ncv), limit, warm)
 
 
 def find(
