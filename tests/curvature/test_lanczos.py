@@ -77,3 +77,18 @@ def test_norms_neither_overflow_nor_underflow():
         v = {"a": jnp.full(4, scale, jnp.float32), "b": jnp.zeros((0, 2))}
         np.testing.assert_allclose(lanczos.norm(v), 2 * scale, rtol=1e-6)
     assert lanczos.norm({"a": jnp.zeros(3)}) == 0
+
+
+def test_a_product_that_is_almost_parallel_to_the_basis_is_orthogonalised_twice(x64):
+    """Of A + 10⁸ I all but 10⁻⁸ of each product is removed: one pass would leave rounding errors of that much more."""
+    a = matrix(1, 12) + 1e8 * jnp.eye(12)
+    q = flat(run(a, 8, 8).basis)
+    np.testing.assert_allclose(q @ q.T, np.eye(9), atol=1e-13)
+
+
+def test_a_product_of_exactly_nothing_goes_on_too(x64):
+    state = lanczos.init(split(jnp.eye(6)[2]), 6)
+    for _ in range(6):
+        state = advance(jnp.zeros((6, 6)), state)
+        assert state.beta == 0
+    np.testing.assert_allclose(flat(state.basis)[:6] @ flat(state.basis)[:6].T, np.eye(6), atol=1e-12)
