@@ -77,6 +77,8 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
                 "softmax_cross_entropy: integer labels must have the logits' shape without its last axis, "
                 f"got logits {logits.shape} and labels {labels.shape}"
             )
+        # Bytes compare as bytes: 256 classes would wrap to none.
+        labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
         known = (labels >= 0) & (labels < logits.shape[-1])
         values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels.astype(jnp.int32))
         values = _nan_unless(known, values)

@@ -162,3 +162,10 @@ def test_accuracy_counts_hits():
         losses.accuracy(apply, None, (z, jnp.array([[0], [1], [1]])))
     with pytest.raises(ValueError, match=r"\(N, C\)"):
         losses.accuracy(apply, None, (z[:, 0], jnp.array([0, 1, 1])))
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.uint16, bool])
+def test_narrow_labels_are_compared_in_full(dtype):
+    """Byte-level text: 256 classes do not fit the labels' own type."""
+    found = losses.softmax_cross_entropy(jnp.zeros((2, 256)), jnp.array([0, 1], dtype))
+    np.testing.assert_allclose(found, np.log(256), rtol=1e-6)
