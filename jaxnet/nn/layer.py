@@ -100,16 +100,24 @@ def _split(key: Array | None, num: int) -> list[Array | None]:
     return [None] * num if key is None else list(jax.random.split(key, num))
 
 
+def _shape_after(layer: Layer, params: ArrayTree, shape: Shape) -> Shape:
+    """The shape of one example after the layer: of floats or, where it refuses them, of integers (tokens)."""
+    after = lambda dtype: jax.eval_shape(layer.apply, params, jax.ShapeDtypeStruct((1, *shape), dtype)).shape[1:]
+    try:
+        return after(jnp.result_type(float))
+    except TypeError:
+        return after(jnp.int32)
+
+
 @layer_maker
 def serial(*layers: Layer) -> Layer:
     """The composition of layers, first to last; params are a tuple, one entry a layer."""
 
     def init(key: Array, input_shape: Shape) -> tuple[ArrayTree, ...]:
-        params = []
-        x = jax.ShapeDtypeStruct((1, *input_shape), jnp.result_type(float))
+        params, shape = [], input_shape
         for layer, layer_key in zip(layers, jax.random.split(key, max(len(layers), 1)), strict=False):
-            params.append(layer.init(layer_key, x.shape[1:]))
-            x = jax.eval_shape(layer.apply, params[-1], x)
+            params.append(layer.init(layer_key, shape))
+            shape = _shape_after(layer, params[-1], shape)
         return tuple(params)
 
     def apply(params: ArrayTree, x: Array, *, key: Array | None = None) -> Array:

@@ -89,6 +89,22 @@ def test_layer_norm_normalises_each_example():
     np.testing.assert_allclose(y.mean(axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 6), (6,)])
+@pytest.mark.parametrize("num_groups", [1, 2, 6])
+def test_group_norm_normalises_each_group_of_each_example(x64, shape, num_groups):
+    layer = nn.group_norm(num_groups, epsilon=1e-3)
+    x, scale, bias = (np.random.default_rng(s).normal(2, 3, size) for s, size in enumerate([(2, *shape), 6, 6]))
+    expected = np.empty_like(x)
+    for n in range(2):
+        for channels in np.split(np.arange(6), num_groups):
+            group = x[n][..., channels]
+            unit = (group - np.mean(group)) / np.sqrt(np.var(group) + 1e-3)
+            expected[n][..., channels] = scale[channels] * unit + bias[channels]
+    got = layer.apply({"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}, jnp.asarray(x))
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+    chex.assert_trees_all_equal(layer.init(KEY, shape), {"scale": jnp.ones(6), "bias": jnp.zeros(6)})
+
+
 def test_dropout_keeps_the_mean_and_is_the_identity_without_a_key():
     x = jnp.ones((1, 20000))
     layer = nn.dropout(0.25)
@@ -151,6 +167,11 @@ def test_linear_neuron_meets_targets_of_its_shape():
         (lambda: nn.conv(2, 9, padding="VALID").init(KEY, (8, 8, 1)), "larger than the image"),
         (lambda: nn.conv(2).apply(nn.conv(2).init(KEY, (8, 8, 1)), jnp.ones((1, 8, 8, 3))), "1 channels"),
         (lambda: nn.max_pool(9).apply((), jnp.ones((1, 8, 8, 1))), "larger than the image"),
+        (lambda: nn.layer_norm().init(KEY, ()), "at least one axis"),
+        (lambda: nn.layer_norm().apply(nn.layer_norm().init(KEY, (1,)), jnp.ones((2, 3))), r"\(N, ..., 1\)"),
+        (lambda: nn.group_norm(0), "num_groups >= 1"),
+        (lambda: nn.group_norm(4).init(KEY, (8, 8, 6)), "group_norm: .* divide the channels, got 4 and 6"),
+        (lambda: nn.group_norm(4).apply(nn.group_norm(2).init(KEY, (6,)), jnp.ones((4, 6))), "got 4 and 6"),
         (lambda: nn.dropout(1.0), r"\[0, 1\)"),
         (lambda: nn.mlp([]), "at least one width"),
     ],
