@@ -1,29 +1,34 @@
-"""Second moments of the examples' gradients, as operators."""
+"""Second moments of the examples' gradients, as operators whose products replay the gradients' factors."""
 
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxnet import contract
 from jaxnet.contract import ArrayTree, Loss
 from jaxnet.curvature.operators import LinearOperator, mean_operator
-from jaxnet.per_example.gradients import gradients
+from jaxnet.per_example.gradients import PerExampleGradients, gradients
 
 
 @dataclasses.dataclass(frozen=True)
 class _SecondMoment:
-    loss: Loss
     centred: bool
 
-    def __call__(self, params: ArrayTree, batch: ArrayTree, v: ArrayTree) -> ArrayTree:
-        grads = gradients(self.loss, params, batch)
+    def __call__(self, params: ArrayTree, grads: PerExampleGradients, v: ArrayTree) -> ArrayTree:
         n, along = grads.num_examples, grads.vdot(v)
         if not self.centred:
             return grads.weighted_sum(along / n)
         # Σ (g_n − ḡ)(g_n − ḡ)·v: the deviations of g_n·v sum to 0, so that ḡ drops out of the other factor.
         return grads.weighted_sum((along - along.mean()) / (n - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfBatch:
+    """The product that finds the gradients anew, for data that come in batches."""
+
+    loss: Loss
+
+    def __call__(self, params: ArrayTree, batch: ArrayTree, v: ArrayTree) -> ArrayTree:
+        return _SecondMoment(centred=False)(params, gradients(self.loss, params, batch), v)
 
 
 def empirical_fisher(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
@@ -40,7 +45,10 @@ def empirical_fisher(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperato
     Reference:
       Kunstner, Balles & Hennig, "Limitations of the Empirical Fisher Approximation", NeurIPS 2019, eq. 3 (over N).
     """
-    return mean_operator(_SecondMoment(loss, centred=False), params, batch)
+    if contract.is_stream(batch):
+        return mean_operator(_OfBatch(loss), params, batch)
+    grads = gradients(loss, params, batch)
+    return LinearOperator(_SecondMoment(centred=False), grads.params, grads)
 
 
 def gradient_covariance(loss: Loss, params: ArrayTree, batch: ArrayTree) -> LinearOperator:
@@ -57,4 +65,5 @@ def gradient_covariance(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Line
     contract.check_params(params)
     if contract.num_examples(batch) < 2:
         raise ValueError("batch: a covariance needs 2 examples or more, got 1")
-    return LinearOperator(_SecondMoment(loss, centred=True), jax.tree.map(jnp.asarray, params), batch)
+    grads = gradients(loss, params, batch)
+    return LinearOperator(_SecondMoment(centred=True), grads.params, grads)

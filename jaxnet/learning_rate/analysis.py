@@ -11,7 +11,7 @@ from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import Sharpness, sharpness
 from jaxnet.data.orders import check_batch_size
 from jaxnet.learning_rate.rates import NoisyCurvature, for_batch_size, maximal, noisy_curvature, optimal
-from jaxnet.per_example import NoiseScale, noise_scale
+from jaxnet.per_example import NoiseScale, check_independent, noise_scale
 
 
 @jax.tree_util.register_dataclass
@@ -117,7 +117,7 @@ def analyse(
 
     Raises:
       TypeError, ValueError: the arguments do not fit the contract; the loss or its curvature is not finite; or there
-        is no positive curvature, so that no rate follows from it.
+        is no positive curvature, so that no rate follows from it; or the loss is no mean of independent examples.
     """
     n = contract.num_examples(batch)
     curvature_key, probe_key = jax.random.split(key)
@@ -132,4 +132,5 @@ def analyse(
             f"loss: its largest Hessian eigenvalue is {value:.3g}, not positive, so no rate follows from it; "
             "is the loss flat or concave at these params?"
         )
+    check_independent(loss, params, batch)
     return Analysis(sharp, noise, noisy_curvature(loss, params, batch, key=probe_key, num_probes=num_probes), n)

@@ -1,6 +1,15 @@
 """The gradients of single examples, and the noise that they make of a mini-batch's gradient."""
 
 from jaxnet.per_example.gradients import PerExampleGradients, gradients
+from jaxnet.per_example.independent import check_independent
 from jaxnet.per_example.noise import NoiseScale, noise_scale
+from jaxnet.per_example.streamed import StreamedGradients
 
-__all__ = ["NoiseScale", "PerExampleGradients", "gradients", "noise_scale"]
+__all__ = [
+    "NoiseScale",
+    "PerExampleGradients",
+    "StreamedGradients",
+    "check_independent",
+    "gradients",
+    "noise_scale",
+]

@@ -168,8 +168,12 @@ class PerExampleGradients:
         n = self.num_examples
         if n < 2:
             raise ValueError("variance: expected two examples or more, got 1")
-        total = self._gather(lambda group, centre: group.deviations(centre)[1], self.mean())
-        return jax.tree.map(lambda x: x / (n - 1), total)
+        return jax.tree.map(lambda x: x / (n - 1), self.sum_of_deviations(self.mean()))
+
+    @jax.jit
+    def sum_of_deviations(self, tree: ArrayTree) -> ArrayTree:
+        """Σ (g_n − v)², elementwise, for a vector v like params."""
+        return self._gather(lambda group, centre: group.deviations(centre)[1], tree)
 
     @jax.jit
     def gram(self) -> Array:

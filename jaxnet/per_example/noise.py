@@ -1,6 +1,7 @@
 """How noisy a mini-batch's gradient is, measured from the gradients of single examples."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example.gradients import gradients
+from jaxnet.per_example.streamed import StreamedGradients
 
 
 @jax.tree_util.register_dataclass
@@ -34,13 +36,14 @@ class NoiseScale:
     resolved: Array
 
 
-def noise_scale(loss: Loss, params: ArrayTree, batch: ArrayTree) -> NoiseScale:
+def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
     """B_simple = S/|G|²: a ratio of two unbiased averages over the examples.
 
     Args:
       loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
       params: the point at which the gradients are taken.
-      batch: N >= 3 examples, a sample of the distribution meant.
+      batch: N >= 3 examples, a sample of the distribution meant; or a data set in batches that does not fit memory: a
+        list of batches or a data loader, gone through four times.
 
     Returns:
       A `NoiseScale`, with its standard error.
@@ -51,19 +54,33 @@ def noise_scale(loss: Loss, params: ArrayTree, batch: ArrayTree) -> NoiseScale:
     Reference:
       McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training", 2018, eqs. 2.9 and A.2.
     """
-    n = contract.num_examples(batch)
+    if contract.is_stream(batch):
+        streamed = StreamedGradients(loss, params, batch)
+        mean = streamed.mean()
+        return _from_deviations(mean, streamed.distances(mean), streamed.vdot(mean))
+    _check_number(contract.num_examples(batch))
+    return _noise_scale(loss, params, batch)
+
+
+def _check_number(n: int) -> None:
     if n < 3:
         raise ValueError(f"batch: the noise scale needs 3 examples or more, got {n}: one alone shows no noise")
-    return _noise_scale(loss, params, batch)
 
 
 @jax.jit(static_argnames="loss")
 def _noise_scale(loss: Loss, params: ArrayTree, batch: ArrayTree) -> NoiseScale:
     grads = gradients(loss, params, batch)
-    n, mean = grads.num_examples, grads.mean()
+    mean = grads.mean()
+    return _from_deviations(mean, grads.distances(mean), grads.vdot(mean))
+
+
+@jax.jit
+def _from_deviations(mean: ArrayTree, distances: Array, along: Array) -> NoiseScale:
+    """From |g_n − ḡ|, not |g_n|: |g_n|² − |ḡ|² would cancel where the gradients are alike."""
+    n = distances.size
+    _check_number(n)
     mean_squared = optax.tree.norm(mean, squared=True)
-    # Deviations e_n = g_n − ḡ, not g_n themselves: |g_n|² − |ḡ|² would cancel where the gradients are alike.
-    squares, along = jnp.square(grads.distances(mean)), grads.vdot(mean) - mean_squared
+    squares, along = jnp.square(distances), along - mean_squared
     trace = squares.sum() / (n - 1)
     gradient_squared = mean_squared - trace / n
     # The same two numbers with each example left out in turn, in closed form.

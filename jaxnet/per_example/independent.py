@@ -1,0 +1,53 @@
+"""Is a loss what everything here takes it for: the mean over examples that do not see one another?"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxnet import contract
+from jaxnet.contract import Array, ArrayTree, Loss
+
+# Examples that are compared; two that see one another are enough.
+_SAMPLE = 4
+
+
+def check_independent(loss: Loss, params: ArrayTree, batch: ArrayTree) -> None:
+    """Raise unless E is, on the first few examples, the mean of the examples' own losses, and so is its gradient.
+
+    A sum instead of a mean, and a loss whose examples are coupled, as by batch normalisation in training mode, have
+    no per-example gradients that add up to the batch's. Compared up to the square root of the params' precision.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``.
+      params: the point at which it is tried; values, not tracers.
+      batch: examples.
+
+    Raises:
+      TypeError, ValueError: the arguments do not fit the contract, or the loss is no such mean.
+    """
+    contract.check(loss, params, batch)
+    few = jax.tree.map(lambda x: jnp.asarray(x)[:_SAMPLE], batch)
+    (whole, gradient), (mean, mean_gradient) = _both_ways(loss, params, few)
+    tolerance = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps) ** 0.5
+    size = contract.num_examples(few)
+    remedy = (
+        "are its examples coupled, as by batch normalisation in training mode, or is it a sum? Use running statistics, "
+        "or a normalisation within each example, and the mean over the batch"
+    )
+    if abs(whole - mean) > tolerance * max(abs(whole), abs(mean)):
+        got = f"on {size} examples it is {float(whole):.4g}, but the mean of their own losses is {float(mean):.4g}"
+        raise ValueError(f"loss: {got}; {remedy}")
+    apart = optax.tree.norm(optax.tree.sub(gradient, mean_gradient))
+    if apart > 10 * tolerance * optax.tree.norm(gradient):
+        raise ValueError(
+            f"loss: its gradient on {size} examples is not the mean of their own losses' gradients; {remedy}"
+        )
+
+
+@jax.jit(static_argnames="loss")
+def _both_ways(
+    loss: Loss, params: ArrayTree, batch: ArrayTree
+) -> tuple[tuple[Array, ArrayTree], tuple[Array, ArrayTree]]:
+    one = lambda p, example: loss(p, jax.tree.map(lambda x: x[None], example))
+    mean = lambda p, b: jax.vmap(one, in_axes=(None, 0))(p, b).mean()
+    return jax.value_and_grad(loss)(params, batch), jax.value_and_grad(mean)(params, batch)

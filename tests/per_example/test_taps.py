@@ -1,0 +1,221 @@
+"""Every way that a leaf can enter a loss, against vmap(grad) in float64."""
+
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxnet import losses, nn, per_example
+
+KEY = jax.random.key(0)
+CROSS_ENTROPY = losses.softmax_cross_entropy
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def images(model, n=5):
+    batch = (normal(1, n, 8, 8, 2), jnp.arange(n) % 3)
+    return losses.mean_loss(model.apply, CROSS_ENTROPY), model.init(KEY, (8, 8, 2)), batch
+
+
+def vectors(network, params, n=6):
+    return losses.mean_loss(network, CROSS_ENTROPY), params, (normal(1, n, 4), jnp.arange(n) % 3)
+
+
+def two_layers(**more):
+    return {"first": normal(2, 4, 5), "bias": normal(3, 5), "last": normal(4, 5, 3), **more}
+
+
+def plain(p, x):
+    return jnp.tanh(x @ p["first"] + p["bias"]) @ p["last"]
+
+
+def lenet():
+    return images(nn.serial(nn.conv(3, 3), nn.activation(jnp.tanh), nn.max_pool(2), nn.flatten(), nn.dense(3)))
+
+
+def xla_convolution():
+    """Strided, dilated and padded, channels last."""
+
+    def network(p, x):
+        y = jax.lax.conv_general_dilated(
+            x,
+            p["kernel"],
+            (2, 1),
+            ((1, 0), (2, 1)),
+            rhs_dilation=(1, 2),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return jnp.tanh(y).mean(axis=(1, 2)) @ p["last"]
+
+    params = {"kernel": normal(2, 3, 2, 2, 4), "last": normal(3, 4, 3)}
+    return losses.mean_loss(network, CROSS_ENTROPY), params, (normal(1, 5, 8, 8, 2), jnp.arange(5) % 3)
+
+
+def grouped_convolution():
+    def network(p, x):
+        y = jax.lax.conv_general_dilated(
+            x, p["kernel"], (1, 1), "SAME", feature_group_count=2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.tanh(y).mean(axis=(1, 2)) @ p["last"]
+
+    params = {"kernel": normal(2, 3, 3, 1, 4), "last": normal(3, 4, 3)}
+    return losses.mean_loss(network, CROSS_ENTROPY), params, (normal(1, 5, 8, 8, 2), jnp.arange(5) % 3)
+
+
+def nested():
+    """A jit within a rematerialisation, called twice with other params."""
+
+    @jax.jit
+    def layer(kernel, x):
+        return jnp.tanh(x @ kernel)
+
+    network = lambda p, x: layer(p["last"], jax.checkpoint(layer)(p["first"], x) + p["bias"])
+    return vectors(network, two_layers())
+
+
+def kernel_on_the_left():
+    return vectors(
+        lambda p, x: jax.vmap(lambda v: p["last"].T @ jnp.tanh(p["first"].T @ v + p["bias"]))(x), two_layers()
+    )
+
+
+def heads():
+    """Kernels of three axes, contracted by einsum."""
+    network = lambda p, x: jnp.einsum("nhk,hkc->nc", jnp.tanh(jnp.einsum("nd,dhk->nhk", x, p["in"])), p["out"])
+    return vectors(network, {"in": normal(2, 4, 2, 3), "out": normal(3, 2, 3, 3)})
+
+
+def tied():
+    network = lambda p, x: jnp.tanh(x @ p["first"]) @ p["first"].T @ normal(5, 4, 3)
+    return vectors(network, {"first": normal(2, 4, 5)})
+
+
+def scanned():
+    def network(p, x):
+        return jax.lax.scan(lambda h, k: (jnp.tanh(h @ k), None), x, p["layers"])[0] @ p["last"]
+
+    return vectors(network, {"layers": normal(2, 3, 4, 4) / 2, "last": normal(3, 4, 3)})
+
+
+def decayed():
+    loss, params, batch = vectors(plain, two_layers())
+    return lambda p, b: loss(p, b) + 0.1 * sum(jnp.sum(x**2) for x in jax.tree.leaves(p)), params, batch
+
+
+def custom_derivative():
+    @jax.custom_vjp
+    def doubled(kernel, x):
+        return x @ kernel
+
+    doubled.defvjp(lambda k, x: (x @ k, (k, x)), lambda res, g: (2 * res[1].T @ g, g @ res[0].T))
+    return vectors(lambda p, x: jnp.tanh(doubled(p["first"], x)) @ p["last"], two_layers())
+
+
+def residual_and_norm():
+    block = nn.residual(nn.serial(nn.layer_norm(), nn.dense(4), nn.activation(jax.nn.gelu)))
+    model = nn.serial(block, nn.dense(3))
+    return vectors(model.apply, model.init(KEY, (4,)))
+
+
+def group_norm():
+    return images(nn.serial(nn.conv(4, 3), nn.group_norm(2), nn.activation(jnp.tanh), nn.flatten(), nn.dense(3)))
+
+
+def dropout():
+    model = nn.serial(nn.dense(6), nn.dropout(0.5), nn.dense(3))
+
+    def loss(params, batch):
+        inputs, targets, keys = batch
+        one = lambda x, key: model.apply(params, x[None], key=key)[0]
+        return CROSS_ENTROPY(jax.vmap(one)(inputs, keys), targets).mean()
+
+    batch = (normal(1, 5, 4), jnp.arange(5) % 3, jax.random.split(KEY, 5))
+    return loss, model.init(KEY, (4,)), batch
+
+
+def transformer():
+    model = nn.transformer(7, features=4, num_heads=2, num_layers=1, hidden=6, max_length=5)
+    loss = lambda p, b: CROSS_ENTROPY(model.apply(p, b).reshape(-1, 7), jnp.roll(b, -1, axis=1).reshape(-1)).mean()
+    return loss, model.init(KEY, (5,)), jax.random.randint(KEY, (4, 5), 0, 7)
+
+
+CASES = {
+    case.__name__: case
+    for case in (
+        lenet,
+        xla_convolution,
+        grouped_convolution,
+        nested,
+        kernel_on_the_left,
+        heads,
+        tied,
+        scanned,
+        decayed,
+        custom_derivative,
+        residual_and_norm,
+        group_norm,
+        dropout,
+        transformer,
+    )
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_is_vmap_of_grad(name, x64, check_per_example):
+    check_per_example(*CASES[name]())
+
+
+def words(case):
+    loss, params, batch = CASES[case]()
+    plan = per_example.gradients(loss, params, batch).plan
+    return {path.removeprefix("params"): how for path, how in plan.items()}
+
+
+def test_the_plan_tells_which_way_each_leaf_went(monkeypatch, x64, check_per_example):
+    assert words("lenet")["[0]['kernel']"] == "factors of a matrix product, T = 64"
+    assert words("xla_convolution")["['kernel']"] == "factors of a convolution, T = 36"
+    for case in ("nested", "kernel_on_the_left"):
+        assert words(case)["['first']"] == words(case)["['last']"] == "factors of a matrix product, T = 1"
+        assert words(case)["['bias']"] == "carried: small; add"
+    assert words("tied")["['first']"] == "carried: small; used 2 times: a matrix product, a matrix product"
+    monkeypatch.setattr(sys.modules["jaxnet.per_example.gradients"], "_SMALL", 0)
+    jax.clear_caches()
+    assert words("scanned")["['layers']"] == "vmap(grad): scan"
+    assert words("custom_derivative")["['first']"].startswith("vmap(grad): custom_vjp")
+    assert words("grouped_convolution")["['kernel']"] == "vmap(grad): conv_general_dilated"
+    assert words("decayed")["['first']"].startswith("vmap(grad): used 2 times")
+    for case in ("tied", "scanned", "custom_derivative", "decayed"):
+        check_per_example(*CASES[case]())
+    jax.clear_caches()
+
+
+@hypothesis.settings(
+    deadline=None, max_examples=4, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(
+    st.lists(st.sampled_from(["dense", "tanh", "relu", "layer_norm", "residual", "attention"]), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(2, 5),
+)
+def test_random_architectures(check_per_example, names, length, n):
+    """Layers over sequences (N, T, 4), in any order."""
+    layers = {
+        "dense": nn.dense(4),
+        "tanh": nn.activation(jnp.tanh),
+        "relu": nn.activation(jax.nn.relu),
+        "layer_norm": nn.layer_norm(),
+        "residual": nn.residual(nn.dense(4)),
+        "attention": nn.self_attention(2),
+    }
+    model = nn.serial(*(layers[name] for name in names), nn.flatten(), nn.dense(3))
+    with jax.enable_x64(True):
+        params = model.init(KEY, (length, 4))
+        check_per_example(
+            losses.mean_loss(model.apply, CROSS_ENTROPY), params, (normal(1, n, length, 4), jnp.arange(n) % 3)
+        )
