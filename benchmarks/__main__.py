@@ -6,7 +6,7 @@ import pathlib
 
 from benchmarks.timing import finish
 
-NAMES = ("training", "curvature")
+NAMES = ("training", "curvature", "per_example")
 
 
 def main():

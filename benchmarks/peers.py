@@ -1,10 +1,11 @@
-"""λ_max of an MLP's cross-entropy by jaxnet and by other libraries, each over the same params and batch.
+"""λ_max and per-example gradients of an MLP's cross-entropy by other libraries, each over the same params and batch.
 
-A library is ``(solve, settings)``: ``solve(setting, seed)`` is an estimate from the random start of that seed, and the
-setting is a tolerance where the library has one, else a number of products. Whatever it prepares anew at new params is
-in its time; what only its first call compiles is not.
+For λ_max, jaxnet beside them, a library is ``(solve, settings)``: ``solve(setting, seed)`` is an estimate from the
+random start of that seed, and the setting is a tolerance where the library has one, else a number of products. Whatever
+it prepares anew at new params is in its time; what only its first call compiles is not.
 """
 
+import contextlib
 import functools
 import importlib
 import warnings
@@ -37,7 +38,8 @@ def libraries(loss, params, batch):
 @functools.cache
 def _imported(module):
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings(action="ignore"):
+            return importlib.import_module(module)
     except ImportError:
         print(f"{module} is not installed: its rows are left out")
         return None
@@ -107,7 +109,71 @@ def _eigenthings(eigenthings, loss, params, batch):
     return solve
 
 
-def _torch(params, batch):
+def gradient_libraries(params, batch):
+    """Names such as "BackPACK's norms" -> function without arguments, for every library that is installed.
+
+    The criterion is summed where the library allows for it: what comes is of the examples' own losses, and nothing has
+    to be multiplied by N. The backward passes of Opacus and BackPACK leave the sum of the gradients behind as well.
+    """
+    found = {}
+    for module, make in (("torch", _torch_func), ("opacus.grad_sample", _opacus), ("backpack", _backpack)):
+        if peer := _imported(module):
+            found |= make(peer, params, batch)
+    return found
+
+
+def _torch_func(torch, params, batch):
+    model, criterion, data = _torch(params, batch)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    loss = lambda weights, x, y: criterion(torch.func.functional_call(model, weights, (x[None],)), y[None])
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    return {"torch.func's dense": lambda: _like_params(each(weights, *data).values())}
+
+
+def _opacus(grad_sample, params, batch):
+    model, criterion, data = _torch(params, batch, "sum")
+    ghost = grad_sample.GradSampleModuleFastGradientClipping(model, loss_reduction="sum")
+    dense = grad_sample.GradSampleModule(_torch(params, batch)[0], loss_reduction="sum")
+    samples = lambda: _like_params(weight.grad_sample for weight in dense.parameters())
+    return {
+        "Opacus's norms": _backward(ghost, criterion, data, ghost.get_norm_sample),
+        "Opacus's dense": _backward(dense, criterion, data, samples),
+    }
+
+
+def _backpack(backpack, params, batch):
+    model, criterion, data = _torch(params, batch, "sum")
+    model, criterion, extensions = backpack.extend(model), backpack.extend(criterion), backpack.extensions
+    norms = lambda: sum(weight.batch_l2 for weight in model.parameters()).sqrt()
+    second_moment = lambda: _like_params(weight.sum_grad_squared / len(data[0]) for weight in model.parameters())
+    dense = lambda: _like_params(weight.grad_batch for weight in model.parameters())
+    using = lambda extension, read: _backward(model, criterion, data, read, lambda: backpack.backpack(extension))
+    return {
+        "BackPACK's norms": using(extensions.BatchL2Grad(), norms),
+        "BackPACK's second moment": using(extensions.SumGradSquared(), second_moment),
+        "BackPACK's dense": using(extensions.BatchGrad(), dense),
+    }
+
+
+def _backward(model, criterion, data, read, context=contextlib.nullcontext):
+    inputs, labels = data
+
+    def run():
+        model.zero_grad(set_to_none=True)
+        with context():
+            criterion(model(inputs), labels).backward()
+        return read()
+
+    return run
+
+
+def _like_params(tensors):
+    """Each layer's weight and bias, laid out as in jaxnet's params; a transpose is a view."""
+    tensors = iter(tensors)
+    return [{"kernel": weight.mT, "bias": bias} for weight, bias in zip(tensors, tensors, strict=True)]
+
+
+def _torch(params, batch, reduction="mean"):
     """The same network, weights and batch in PyTorch."""
     import torch
 
@@ -118,4 +184,4 @@ def _torch(params, batch):
         linear.weight.data, linear.bias.data = torch.tensor(kernel.T), torch.tensor(bias)
         modules += [linear, torch.nn.Tanh()]
     data = torch.tensor(np.array(batch[0])), torch.tensor(np.array(batch[1])).long()
-    return torch.nn.Sequential(*modules[:-1]), torch.nn.CrossEntropyLoss(), data
+    return torch.nn.Sequential(*modules[:-1]), torch.nn.CrossEntropyLoss(reduction=reduction), data
