@@ -1,6 +1,7 @@
 """The N gradients of the N examples' own losses, without keeping N copies of the params."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,11 @@ from jax import lax
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example import taps
-from jaxnet.per_example.leaves import Factored, Formed, Leaves, at_once
-from jaxnet.per_example.taps import Tap
+from jaxnet.per_example.held import Factors, Held, hold, words
+from jaxnet.per_example.leaves import at_once, over_chunks
 
-# Leaves of so many numbers are carried as they are, N copies of them: biases and scales.
-_SMALL = 4096
+# Factors of up to so many numbers are held; of more, those of a chunk of examples at a time.
+_HELD = 2**22
 
 
 @jax.tree_util.register_dataclass
@@ -28,14 +29,14 @@ class PerExampleGradients:
       loss: the loss E; E_n is its value on a batch of one.
       params: the point ω.
       batch: the N examples.
-      factors: for each leaf of params that is one product's kernel ``(a (N, T, d), δ (N, T, p))``, for a small one its
-        gradients ``(N, ...)``, for any other None.
+      factors: what is held of each leaf's gradients (see ``.plan``); None where that is found anew for each method, a
+        chunk of examples at a time, because all of it would not stay in the cache.
     """
 
     loss: Loss = dataclasses.field(metadata={"static": True})
     params: ArrayTree
     batch: ArrayTree
-    factors: tuple[Any, ...]
+    factors: Factors | None
 
     @property
     def num_examples(self) -> int:
@@ -46,55 +47,20 @@ class PerExampleGradients:
     def plan(self) -> dict[str, str]:
         """For each leaf of params, how its gradients are held, and why."""
         found = taps.trace(self.loss, self.params, self.batch)
+        factors = self.factors or _shapes(self.loss, self.params, self.batch)
         paths = [f"params{jax.tree_util.keystr(p)}" for p, _ in jax.tree_util.tree_leaves_with_path(self.params)]
-        return {path: _words(tap, held) for path, tap, held in zip(paths, found.taps, self.factors, strict=True)}
+        return {path: words(tap, held) for path, tap, held in zip(paths, found.taps, factors, strict=True)}
 
-    @property
-    def _groups(self) -> list[tuple[list[int], Factored | Formed]]:
-        """Leaves that are held alike, by their positions."""
-        leaves = jax.tree.leaves(self.params)
-        found = taps.trace(self.loss, self.params, self.batch)
-        groups: list[tuple[list[int], Factored | Formed]] = []
-        for i, (leaf, tap, held) in enumerate(zip(leaves, found.taps, self.factors, strict=True)):
-            if isinstance(held, tuple) and isinstance(tap, Tap):
-                like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-                groups.append(([i], Factored(held[0], held[1], tap.matrix, like)))
-        small = [i for i, held in enumerate(self.factors) if isinstance(held, jax.Array)]
-        if small:
-            groups.append((small, Formed(tuple(self.factors[i] for i in small), lambda g: g, self.num_examples)))
-        others = [i for i, held in enumerate(self.factors) if held is None]
-        if others:
-            size = sum(leaves[i].size for i in others)
-            groups.append((others, Formed(self.batch, jax.vmap(self._gradient_of(others)), at_once(size))))
-        return groups
+    def _reduce(self, method: Callable[[Held, Any], tuple[Any, Any]], given: Any = ()) -> tuple[Any, Any]:
+        """``method(held, given) -> (an entry an example, a sum over them)``, by chunks if need be."""
+        if self.factors is not None:
+            return method(Held(self.loss, self.params, self.batch, self.factors), given)
 
-    def _gradient_of(self, chosen: list[int]) -> Callable[[ArrayTree], Leaves]:
-        leaves, structure = jax.tree.flatten(self.params)
+        def of_chunk(chunk: Any) -> tuple[Any, Any]:
+            batch, part = chunk
+            return method(Held(self.loss, self.params, batch, hold(self.loss, self.params, batch)), part)
 
-        def one(some: Leaves, example: ArrayTree) -> Array:
-            replaced = list(leaves)
-            for i, leaf in zip(chosen, some, strict=True):
-                replaced[i] = leaf
-            return self.loss(jax.tree.unflatten(structure, replaced), jax.tree.map(lambda x: x[None], example))
-
-        return lambda example: jax.grad(one)(tuple(leaves[i] for i in chosen), example)
-
-    def _gather(
-        self, method: Callable[[Factored | Formed, Leaves], Leaves], tree: ArrayTree | None = None
-    ) -> ArrayTree:
-        """Of a method that gives something for each leaf: a pytree like params."""
-        leaves, structure = jax.tree.flatten(self.params)
-        given = leaves if tree is None else jax.tree.leaves(tree)
-        result: list[Any] = [None] * len(leaves)
-        for chosen, group in self._groups:
-            for i, x in zip(chosen, method(group, tuple(given[i] for i in chosen)), strict=True):
-                result[i] = x
-        return jax.tree.unflatten(structure, result)
-
-    def _total(self, method: Callable[[Factored | Formed, Leaves], Array], tree: ArrayTree | None = None) -> Array:
-        """Of a method that gives one array for each group of leaves: their sum."""
-        given = jax.tree.leaves(self.params if tree is None else tree)
-        return sum((method(g, tuple(given[i] for i in chosen)) for chosen, g in self._groups), start=jnp.zeros(()))
+        return over_chunks(of_chunk, (self.batch, given), at_once(_size(self.loss, self.params, self.batch)))
 
     @jax.jit
     def weighted_sum(self, weights: Array) -> ArrayTree:
@@ -106,18 +72,20 @@ class PerExampleGradients:
         if jnp.shape(weights) != (self.num_examples,):
             raise ValueError(f"weights: expected shape ({self.num_examples},), got {jnp.shape(weights)}")
         weights = lax.stop_gradient(jnp.asarray(weights))
-        return self._gather(lambda group, _: group.weighted_sum(weights))
+        return self._reduce(lambda held, weights: ((), held.weighted_sum(weights)), weights)[1]
 
     @jax.jit
     def mean(self) -> ArrayTree:
         """ḡ = (1/N) Σ g_n, the gradient of E, like params."""
+        if self.factors is None:
+            return jax.grad(self.loss)(self.params, self.batch)
         n = self.num_examples
         return self.weighted_sum(jnp.full(n, 1 / n))
 
     @jax.jit
     def vdot(self, tree: ArrayTree) -> Array:
         """g_n·v for a vector v like params, (N,)."""
-        return self._total(lambda group, v: group.vdot(v), tree)
+        return self._reduce(lambda held, _: (held.vdot(tree), ()))[0]
 
     @jax.jit
     def norms(self) -> Array:
@@ -130,7 +98,7 @@ class PerExampleGradients:
         return jax.tree.map(jnp.sqrt, self._squares())
 
     def _squares(self) -> ArrayTree:
-        return self._gather(lambda group, _: group.squares())
+        return self._reduce(lambda held, _: (held.squares(), ()))[0]
 
     @jax.jit
     def cosine(self, tree: ArrayTree) -> Array:
@@ -150,12 +118,12 @@ class PerExampleGradients:
     @jax.jit
     def distances(self, tree: ArrayTree) -> Array:
         """‖g_n − v‖ over all leaves, for a vector v like params, (N,)."""
-        return jnp.sqrt(self._total(lambda group, v: group.deviations(v)[0], tree))
+        return jnp.sqrt(self._reduce(lambda held, _: (held.squared_distances(tree), ()))[0])
 
     @jax.jit
     def second_moment(self) -> ArrayTree:
         """(1/N) Σ g_n², elementwise, like params."""
-        total = self._gather(lambda group, _: group.sum_of_squares())
+        total = self._reduce(lambda held, _: ((), held.sum_of_squares()))[1]
         return jax.tree.map(lambda x: x / self.num_examples, total)
 
     @jax.jit
@@ -173,24 +141,19 @@ class PerExampleGradients:
     @jax.jit
     def sum_of_deviations(self, tree: ArrayTree) -> ArrayTree:
         """Σ (g_n − v)², elementwise, for a vector v like params."""
-        return self._gather(lambda group, centre: group.deviations(centre)[1], tree)
+        return self._reduce(lambda held, _: ((), held.sum_of_deviations(tree)))[1]
 
     @jax.jit
     def gram(self) -> Array:
         """g_n·g_m, (N, N)."""
-        return self._total(lambda group, _: group.gram())
+        # Every pair of examples meets: all factors are needed at once.
+        factors = self.factors or hold(self.loss, self.params, self.batch)
+        return Held(self.loss, self.params, self.batch, factors).gram()
 
     @jax.jit
     def dense(self) -> ArrayTree:
         """All g_n, leaves (N, ...): N copies of the params."""
-        return self._gather(lambda group, _: group.dense())
-
-
-def _words(tap: Tap | str, held: Any) -> str:
-    if isinstance(held, tuple) and isinstance(tap, Tap):
-        return f"factors of {tap.words}, T = {held[0].shape[1]}"
-    why = tap if isinstance(tap, str) else tap.words
-    return f"carried: small; {why}" if held is not None else f"vmap(grad): {why}"
+        return self._reduce(lambda held, _: (held.dense(), ()))[0]
 
 
 def gradients(loss: Loss, params: ArrayTree, batch: ArrayTree) -> PerExampleGradients:
@@ -213,26 +176,20 @@ def gradients(loss: Loss, params: ArrayTree, batch: ArrayTree) -> PerExampleGrad
     """
     contract.check_params(params)
     contract.num_examples(batch)
-    return _hold(loss, jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, batch))
+    params, batch = jax.tree.map(jnp.asarray, (params, batch))
+    held = contract.num_examples(batch) * _size(loss, params, batch) <= _HELD
+    return PerExampleGradients(loss, params, batch, _hold(loss, params, batch) if held else None)
 
 
-@jax.jit(static_argnames="loss")
-def _hold(loss: Loss, params: ArrayTree, batch: ArrayTree) -> PerExampleGradients:
-    contract.check(loss, params, batch)
-    found, leaves = taps.trace(loss, params, batch), jax.tree.leaves(params)
-    tapped = {i: tap for i, tap in enumerate(found.taps) if isinstance(tap, Tap)}
-    small = [i for i, leaf in enumerate(leaves) if i not in tapped and leaf.size <= _SMALL]
+_hold = jax.jit(hold, static_argnames="loss")
 
-    def one(example: ArrayTree) -> tuple[dict[int, Any], dict[int, Array]]:
-        def value(epsilons: dict[int, Array], carried: dict[int, Array]) -> tuple[Array, dict[int, Array]]:
-            replaced = [carried.get(i, leaf) for i, leaf in enumerate(leaves)]
-            return found.evaluate(replaced, example, epsilons)
 
-        epsilons = {i: jnp.zeros(tap.output.shape, tap.output.dtype) for i, tap in tapped.items()}
-        (deltas, carried), others = jax.grad(value, argnums=(0, 1), has_aux=True)(
-            epsilons, {i: leaves[i] for i in small}
-        )
-        return {i: tap.rows(others[i], deltas[i]) for i, tap in tapped.items()}, carried
+def _shapes(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Factors:
+    """The factors of one example, in shape."""
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
+    return jax.eval_shape(functools.partial(hold, loss), params, one)
 
-    factors, carried = jax.vmap(one)(batch)
-    return PerExampleGradients(loss, params, batch, tuple({**factors, **carried}.get(i) for i in range(len(leaves))))
+
+def _size(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int:
+    """How many numbers the factors of an example are."""
+    return sum(x.size for x in jax.tree.leaves(_shapes(loss, params, batch)))

@@ -22,8 +22,8 @@ from jaxnet.per_example.taps import View
 
 
 def at_once(size: int) -> int:
-    """Of how many examples gradients of ``size`` numbers are formed at a time: as many as stay in the cache."""
-    return max(1, min(64, 2**20 // size))
+    """Of how many examples ``size`` numbers each are worked on at a time: as many as stay in the cache."""
+    return max(1, 2**20 // max(1, size))
 
 
 Leaves = tuple[Array, ...]
@@ -81,6 +81,7 @@ class Formed:
 
     def gram(self) -> Array:
         """g_n·g_m, (N, N)."""
+        # Leaf by leaf: a bias's product is often one that its kernel needs too, and then is found once.
         return sum((_flat(g) @ _flat(g).T for g in self.dense()), start=jnp.zeros(()))
 
     def dense(self) -> Leaves:

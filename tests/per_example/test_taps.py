@@ -184,7 +184,7 @@ def test_the_plan_tells_which_way_each_leaf_went(monkeypatch, x64, check_per_exa
         assert words(case)["['first']"] == words(case)["['last']"] == "factors of a matrix product, T = 1"
         assert words(case)["['bias']"] == "carried: small; add"
     assert words("tied")["['first']"] == "carried: small; used 2 times: a matrix product, a matrix product"
-    monkeypatch.setattr(sys.modules["jaxnet.per_example.gradients"], "_SMALL", 0)
+    monkeypatch.setattr(sys.modules["jaxnet.per_example.held"], "_SMALL", 0)
     jax.clear_caches()
     assert words("scanned")["['layers']"] == "vmap(grad): scan"
     assert words("custom_derivative")["['first']"].startswith("vmap(grad): custom_vjp")
@@ -193,6 +193,17 @@ def test_the_plan_tells_which_way_each_leaf_went(monkeypatch, x64, check_per_exa
     for case in ("tied", "scanned"):
         check_per_example(*CASES[case]())
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", ["lenet", "residual_and_norm"])
+def test_factors_found_by_chunks_are_the_same(name, monkeypatch, x64, check_per_example):
+    """Five or six examples, two or four at a time."""
+    module = sys.modules["jaxnet.per_example.gradients"]
+    monkeypatch.setattr(module, "_HELD", 0)
+    monkeypatch.setattr(module, "at_once", lambda size: 2 if name == "lenet" else 4)
+    loss, params, batch = CASES[name]()
+    assert per_example.gradients(loss, params, batch).factors is None
+    check_per_example(loss, params, batch)
 
 
 @hypothesis.settings(

@@ -1,0 +1,142 @@
+"""The N gradients of every leaf of the params, held by factors where they can be."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnet import contract
+from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.per_example import taps
+from jaxnet.per_example.leaves import Factored, Formed, Leaves, at_once
+from jaxnet.per_example.taps import Tap
+
+# Leaves of so many numbers are carried as they are, N copies of them: biases and scales.
+_SMALL = 4096
+
+Factors = tuple[Any, ...]
+"""For each leaf that is one product's kernel ``(a (N, T, d), δ (N, T, p))``, for a small one its gradients
+``(N, ...)``, for any other None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """The gradients of some examples, by their factors."""
+
+    loss: Loss
+    params: ArrayTree
+    batch: ArrayTree
+    factors: Factors
+
+    @property
+    def _groups(self) -> list[tuple[list[int], Factored | Formed]]:
+        """Leaves that are held alike, by their positions."""
+        leaves = jax.tree.leaves(self.params)
+        found = taps.trace(self.loss, self.params, self.batch)
+        groups: list[tuple[list[int], Factored | Formed]] = []
+        for i, (leaf, tap, held) in enumerate(zip(leaves, found.taps, self.factors, strict=True)):
+            if isinstance(held, tuple) and isinstance(tap, Tap):
+                like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+                groups.append(([i], Factored(held[0], held[1], tap.matrix, like)))
+        small = [i for i, held in enumerate(self.factors) if isinstance(held, jax.Array)]
+        if small:
+            groups.append(
+                (small, Formed(tuple(self.factors[i] for i in small), lambda g: g, contract.num_examples(self.batch)))
+            )
+        others = [i for i, held in enumerate(self.factors) if held is None]
+        if others:
+            size = sum(leaves[i].size for i in others)
+            groups.append((others, Formed(self.batch, jax.vmap(self._gradient_of(others)), at_once(size))))
+        return groups
+
+    def _gradient_of(self, chosen: list[int]) -> Callable[[ArrayTree], Leaves]:
+        leaves, structure = jax.tree.flatten(self.params)
+
+        def one(some: Leaves, example: ArrayTree) -> Array:
+            replaced = list(leaves)
+            for i, leaf in zip(chosen, some, strict=True):
+                replaced[i] = leaf
+            return self.loss(jax.tree.unflatten(structure, replaced), jax.tree.map(lambda x: x[None], example))
+
+        return lambda example: jax.grad(one)(tuple(leaves[i] for i in chosen), example)
+
+    def _gather(
+        self, method: Callable[[Factored | Formed, Leaves], Leaves], tree: ArrayTree | None = None
+    ) -> ArrayTree:
+        """Of a method that gives something for each leaf: a pytree like params."""
+        leaves, structure = jax.tree.flatten(self.params)
+        given = leaves if tree is None else jax.tree.leaves(tree)
+        result: list[Any] = [None] * len(leaves)
+        for chosen, group in self._groups:
+            for i, x in zip(chosen, method(group, tuple(given[i] for i in chosen)), strict=True):
+                result[i] = x
+        return jax.tree.unflatten(structure, result)
+
+    def _total(self, method: Callable[[Factored | Formed, Leaves], Array], tree: ArrayTree | None = None) -> Array:
+        """Of a method that gives one array for each group of leaves: their sum."""
+        given = jax.tree.leaves(self.params if tree is None else tree)
+        return sum((method(g, tuple(given[i] for i in chosen)) for chosen, g in self._groups), start=jnp.zeros(()))
+
+    def squares(self) -> ArrayTree:
+        """‖g_n‖² of each leaf, (N,)."""
+        return self._gather(lambda group, _: group.squares())
+
+    def vdot(self, tree: ArrayTree) -> Array:
+        """g_n·v, (N,)."""
+        return self._total(lambda group, v: group.vdot(v), tree)
+
+    def weighted_sum(self, weights: Array) -> ArrayTree:
+        """Σ w_n g_n, like params."""
+        return self._gather(lambda group, _: group.weighted_sum(weights))
+
+    def sum_of_squares(self) -> ArrayTree:
+        """Σ g_n², like params."""
+        return self._gather(lambda group, _: group.sum_of_squares())
+
+    def squared_distances(self, tree: ArrayTree) -> Array:
+        """‖g_n − v‖², (N,)."""
+        return self._total(lambda group, v: group.deviations(v)[0], tree)
+
+    def sum_of_deviations(self, tree: ArrayTree) -> ArrayTree:
+        """Σ (g_n − v)², like params."""
+        return self._gather(lambda group, v: group.deviations(v)[1], tree)
+
+    def gram(self) -> Array:
+        """g_n·g_m, (N, N)."""
+        return self._total(lambda group, _: group.gram())
+
+    def dense(self) -> ArrayTree:
+        """All g_n, leaves (N, ...)."""
+        return self._gather(lambda group, _: group.dense())
+
+
+def hold(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Factors:
+    """The factors of the examples' gradients, by one backward pass with respect to a zero at each kernel's output."""
+    contract.check(loss, params, batch)
+    found, leaves = taps.trace(loss, params, batch), jax.tree.leaves(params)
+    tapped = {i: tap for i, tap in enumerate(found.taps) if isinstance(tap, Tap)}
+    small = [i for i, leaf in enumerate(leaves) if i not in tapped and leaf.size <= _SMALL]
+
+    def one(example: ArrayTree) -> tuple[dict[int, Any], dict[int, Array]]:
+        def value(epsilons: dict[int, Array], carried: dict[int, Array]) -> tuple[Array, dict[int, Array]]:
+            replaced = [carried.get(i, leaf) for i, leaf in enumerate(leaves)]
+            return found.evaluate(replaced, example, epsilons)
+
+        epsilons = {i: jnp.zeros(tap.output.shape, tap.output.dtype) for i, tap in tapped.items()}
+        (deltas, carried), others = jax.grad(value, argnums=(0, 1), has_aux=True)(
+            epsilons, {i: leaves[i] for i in small}
+        )
+        return {i: tap.rows(others[i], deltas[i]) for i, tap in tapped.items()}, carried
+
+    factors, carried = jax.vmap(one)(batch)
+    return tuple({**factors, **carried}.get(i) for i in range(len(leaves)))
+
+
+def words(tap: Tap | str, held: Any) -> str:
+    """How a leaf's gradients are held, and why."""
+    if isinstance(held, tuple) and isinstance(tap, Tap):
+        return f"factors of {tap.words}, T = {held[0].shape[1]}"
+    why = tap if isinstance(tap, str) else tap.words
+    return f"carried: small; {why}" if held is not None else f"vmap(grad): {why}"
