@@ -11,7 +11,7 @@ from jaxnet import data, losses, nn, per_example
 
 @pytest.fixture
 def problem(x64):
-    """More examples than are formed at once, and a remainder; the last kernel is used twice, and so by no factors."""
+    """The last kernel is used twice, and so has no factors."""
     key = jax.random.key(0)
     model = nn.mlp([5, 3])
     inner = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
