@@ -68,7 +68,9 @@ def _draw_panel(panel: Panel) -> "Figure":
         (axes.axvline if line.axis == "x" else axes.axhline)(
             line.value, color=colour, linestyle=dash, linewidth=1.1, label=line.label
         )
-    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.xscale, yscale=panel.yscale)
+    # To set a scale, even the linear one that stands, would take the names off an axis of bars.
+    scales = {f"{axis}scale": s for axis, s in (("x", panel.xscale), ("y", panel.yscale)) if s != "linear"}
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, **scales)
     for axis, scale, values in (
         (axes.xaxis, panel.xscale, axes.get_xlim()),
         (axes.yaxis, panel.yscale, axes.get_ylim()),

@@ -68,8 +68,8 @@ def sharpness(
       v0: a start vector like params, such as the eigenvector at a point nearby.
       ncv: how many Lanczos vectors are kept at most; 4 are the low-memory mode (see `eigsh`).
       failure_probability: δ of ``upper_bound``, over the random start.
-      subsample: start from the eigenvector of this many examples, drawn at random. It saves about half of the products
-        with all of the data, which alone are counted; the start is then a warm one.
+      subsample: start from the eigenvector of this many examples, drawn at random. It saves half of the products with
+        all of the data or more, which alone are counted; the start is then a warm one.
       sampling_error: whether to measure it, by one more product an example.
 
     Returns:

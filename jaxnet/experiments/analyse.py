@@ -13,7 +13,7 @@ import optax
 from jaxnet import curvature, learning_rate, losses, record, training
 from jaxnet.contract import Array
 from jaxnet.data.orders import check_batch_size
-from jaxnet.experiments.task import Task, TaskConfig, check_seed, known, make_task
+from jaxnet.experiments.task import Progress, Task, TaskConfig, keys_of, known, make_task
 from jaxnet.learning_rate import Analysis, Ladder
 from jaxnet.record import Claim, Line, Panel, Record, Series
 
@@ -39,14 +39,6 @@ class AnalyseConfig(TaskConfig):
     """A rate of your own for the full-batch run, in place of 1/λ_max."""
     num_epochs: int = 30
     """Epochs of each of the three runs: equal numbers of example gradients."""
-    seed: int = 0
-    """Of the initial parameters, the data's order and the random probes."""
-    dtype: str = "float32"
-    """float32 or float64."""
-
-
-Progress = Callable[[str, float], None]
-"""Called with a stage in words and the share of the whole job done."""
 
 
 def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None) -> Iterator[Record]:
@@ -56,9 +48,7 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
       FileNotFoundError, ImportError, ValueError: before the first yield, if the configuration does not hold together.
     """
     known("optimizer", config.optimizer, OPTIMIZERS)
-    known("dtype", config.dtype, ("float32", "float64"))
-    check_seed(config.seed)
-    keys = jax.random.split(jax.random.key(config.seed), 5)
+    keys = keys_of(config, 5)
     progress("loading data", 0.0)
     task = make_task(config, key=keys[0])
     num_examples = len(task.train[1])

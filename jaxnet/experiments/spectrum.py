@@ -1,7 +1,7 @@
 """The spectrum of a task's Hessian: its density, its top eigenvalues, and the sharpness of each layer."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jaxnet import curvature, learning_rate, record, training
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import Eigenpairs, LinearOperator, SpectralDensity
 from jaxnet.data.orders import check_batch_size
-from jaxnet.experiments.task import Task, TaskConfig, check_seed, known, make_task
+from jaxnet.experiments.task import Progress, Task, TaskConfig, keys_of, make_task
 from jaxnet.record import Line, Panel, Record, Series
 
 
@@ -31,13 +31,6 @@ class SpectrumConfig(TaskConfig):
     """Random vectors of the density."""
     num_steps: int = 64
     """Lanczos steps from each."""
-    seed: int = 0
-    """Of the initial parameters, the data's order and the random vectors."""
-    dtype: str = "float32"
-    """float32 or float64."""
-
-
-Progress = Callable[[str, float], None]
 
 
 def stages(config: SpectrumConfig, progress: Progress = lambda words, share: None) -> Iterator[Record]:
@@ -46,13 +39,11 @@ def stages(config: SpectrumConfig, progress: Progress = lambda words, share: Non
     Raises:
       FileNotFoundError, ImportError, ValueError: before the first yield, if the configuration does not hold together.
     """
-    known("dtype", config.dtype, ("float32", "float64"))
-    check_seed(config.seed)
     if config.num_epochs < 0 or config.num_eigenvalues < 1:
         raise ValueError("num_epochs: expected 0 or more, and num_eigenvalues: 1 or more")
     if config.num_probes < 2 or config.num_steps < 1:
         raise ValueError("num_probes: expected 2 or more, and num_steps: 1 or more")
-    keys = jax.random.split(jax.random.key(config.seed), 5)
+    keys = keys_of(config, 5)
     progress("loading data", 0.0)
     task = make_task(config, key=keys[0])
     check_batch_size(config.batch_size, len(task.train[1]))

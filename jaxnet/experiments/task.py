@@ -36,6 +36,9 @@ CHUNK = {"linear": 2000, "mlp": 2000, "lenet": 100}
 # would take minutes.
 MANY_EXAMPLES = 2000
 
+Progress = Callable[[str, float], None]
+"""Called with a stage in words and the share of the whole job done."""
+
 
 def known(kind: str, name: str, names: Any) -> str:
     """``name``, if it is one of ``names``.
@@ -76,6 +79,21 @@ class TaskConfig:
     """For a .csv file: the column of targets; by default the last."""
     standardise: bool = True
     """For a file: scale each input to mean 0 and variance 1 over the training examples."""
+    seed: int = 0
+    """Of the initial parameters, the data's order and all random vectors."""
+    dtype: str = "float32"
+    """float32 or float64."""
+
+
+def keys_of(config: TaskConfig, count: int) -> Array:
+    """So many keys from the configuration's seed.
+
+    Raises:
+      ValueError: the seed or the dtype is none that can be used.
+    """
+    known("dtype", config.dtype, ("float32", "float64"))
+    check_seed(config.seed)
+    return jax.random.split(jax.random.key(config.seed), count)
 
 
 @dataclasses.dataclass(frozen=True)

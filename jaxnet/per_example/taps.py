@@ -71,7 +71,7 @@ class Trace:
         self, leaves: list[Array], example: ArrayTree, epsilons: dict[int, Array]
     ) -> tuple[Array, dict[int, Array]]:
         """The loss with ε added at the taps of the given leaves, and their other operands."""
-        at = {self.taps[leaf].path: leaf for leaf in epsilons}  # type: ignore[union-attr]
+        at = {tap.path: (i, tap) for i, tap in enumerate(self.taps) if i in epsilons and isinstance(tap, Tap)}
         record: dict[int, Array] = {}
 
         def run(jaxpr: core.Jaxpr, consts: Any, arguments: Any, path: Path) -> list[Any]:
@@ -85,8 +85,8 @@ class Trace:
                 else:
                     results = _apply(eqn, values)
                 if here in at:
-                    leaf = at[here]
-                    record[leaf] = values[self.taps[leaf].operand]  # type: ignore[union-attr]
+                    leaf, tap = at[here]
+                    record[leaf] = values[tap.operand]
                     results = [results[0] + epsilons[leaf]]
                 env.update(zip(eqn.outvars, results, strict=True))
             return [read(v) for v in jaxpr.outvars]
@@ -132,7 +132,7 @@ def _find(
             continue
         name, here = eqn.primitive.name, (*path, index)
         if name in _REARRANGE or (name == "broadcast_in_dim" and _size(eqn.invars[0]) == _size(eqn.outvars[0])):
-            leaf, before = held[0]  # type: ignore[misc]
+            leaf, before = next(filter(None, held))
             views[eqn.outvars[0]] = leaf, _then(before, eqn)
         elif name in _INLINE:
             inner, _ = _inner(eqn)
