@@ -10,15 +10,18 @@ import jax.numpy as jnp
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example import taps
-from jaxnet.per_example.leaves import Factored, Formed, Leaves, at_once
+from jaxnet.per_example.leaves import Factored, Formed, Leaves, Stacked, at_once, factored
 from jaxnet.per_example.taps import Tap
 
 # Leaves of so many numbers are carried as they are, N copies of them: biases and scales.
 _SMALL = 4096
 
 Factors = tuple[Any, ...]
-"""For each leaf that is one product's kernel ``(a (N, T, d), δ (N, T, p))``, for a small one its gradients
+"""For each leaf that is one product's kernel ``(a (N, S, T, d), δ (N, S, T, p))``, for a small one its gradients
 ``(N, ...)``, for any other None."""
+
+
+Group = Factored | Stacked | Formed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +34,15 @@ class Held:
     factors: Factors
 
     @property
-    def _groups(self) -> list[tuple[list[int], Factored | Formed]]:
+    def _groups(self) -> list[tuple[list[int], Group]]:
         """Leaves that are held alike, by their positions."""
         leaves = jax.tree.leaves(self.params)
         found = taps.trace(self.loss, self.params, self.batch)
-        groups: list[tuple[list[int], Factored | Formed]] = []
+        groups: list[tuple[list[int], Group]] = []
         for i, (leaf, tap, held) in enumerate(zip(leaves, found.taps, self.factors, strict=True)):
             if isinstance(held, tuple) and isinstance(tap, Tap):
                 like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-                groups.append(([i], Factored(held[0], held[1], tap.matrix, like)))
+                groups.append(([i], factored(held[0], held[1], tap.matrix, like)))
         small = [i for i, held in enumerate(self.factors) if isinstance(held, jax.Array)]
         if small:
             groups.append(
@@ -62,9 +65,7 @@ class Held:
 
         return lambda example: jax.grad(one)(tuple(leaves[i] for i in chosen), example)
 
-    def _gather(
-        self, method: Callable[[Factored | Formed, Leaves], Leaves], tree: ArrayTree | None = None
-    ) -> ArrayTree:
+    def _gather(self, method: Callable[[Group, Leaves], Leaves], tree: ArrayTree | None = None) -> ArrayTree:
         """Of a method that gives something for each leaf: a pytree like params."""
         leaves, structure = jax.tree.flatten(self.params)
         given = leaves if tree is None else jax.tree.leaves(tree)
@@ -74,7 +75,7 @@ class Held:
                 result[i] = x
         return jax.tree.unflatten(structure, result)
 
-    def _total(self, method: Callable[[Factored | Formed, Leaves], Array], tree: ArrayTree | None = None) -> Array:
+    def _total(self, method: Callable[[Group, Leaves], Array], tree: ArrayTree | None = None) -> Array:
         """Of a method that gives one array for each group of leaves: their sum."""
         given = jax.tree.leaves(self.params if tree is None else tree)
         return sum((method(g, tuple(given[i] for i in chosen)) for chosen, g in self._groups), start=jnp.zeros(()))
@@ -137,6 +138,7 @@ def hold(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Factors:
 def words(tap: Tap | str, held: Any) -> str:
     """How a leaf's gradients are held, and why."""
     if isinstance(held, tuple) and isinstance(tap, Tap):
-        return f"factors of {tap.words}, T = {held[0].shape[1]}"
+        _, layers, steps, _ = held[0].shape
+        return f"factors of {tap.words}, {f'S = {layers}, ' if layers > 1 else ''}T = {steps}"
     why = tap if isinstance(tap, str) else tap.words
     return f"carried: small; {why}" if held is not None else f"vmap(grad): {why}"

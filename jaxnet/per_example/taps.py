@@ -3,8 +3,8 @@
 The loss of one example is traced. A leaf that one matrix product or convolution consumes, once, as its kernel, has the
 gradient Σ_t a_t δ_tᵀ, with the other operand's rows a and the gradient δ at the product's output. So the trace is
 evaluated with a zero ε added to that output, and a recorded on the way: differentiated by ε, one backward pass gives
-every leaf's a and δ. The trace is followed through nested jits and rematerialisation; whatever else a leaf meets (a
-second use, a loop, a custom derivative) is opaque.
+every leaf's a and δ. The trace is followed through nested jits, rematerialisation and scans, over layers or over time;
+whatever else a leaf meets (a second use, another loop, a custom derivative) is opaque.
 
 Reference:
   Goodfellow, "Efficient Per-Example Gradient Computations", 2015; Rochette, Manoel & Tramel, "Efficient Per-Example
@@ -12,6 +12,7 @@ Reference:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +28,15 @@ Path = tuple[int, ...]
 """An equation by its index, and those of the equations that enclose it, outermost first."""
 View = Callable[[Array], Array]
 """A rearrangement of a leaf's entries."""
+Epsilons = dict[int, Array]
+"""For each tapped leaf, by its position, the ε at its output."""
 
 # Primitives that only rearrange the entries of one operand.
 _REARRANGE = {"reshape", "transpose", "squeeze", "expand_dims", "convert_element_type", "copy"}
 # Primitives that hold one jaxpr and mean what it means, and the parameter that holds it.
 _INLINE = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat2": "jaxpr"}
+# Those that the taps enter.
+_ENTER = {**_INLINE, "scan": "jaxpr"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +47,8 @@ class Tap:
       path: of the equation.
       operand: which of its two operands is the other one.
       output: the output's shape and dtype, those of ε.
-      rows: ``rows(other operand, δ of the output)`` to ``(a (T, d), δ (T, p))``.
-      matrix: the leaf as the kernel's matrix (d, p).
+      rows: ``rows(other operand, δ of the output)`` to ``(a (S, T, d), δ (S, T, p))``.
+      matrix: the leaf as its kernels' matrices (S, d, p): S = 1, or the layers that a scan passes through.
       words: what it is.
     """
 
@@ -67,32 +72,56 @@ class Trace:
     closed: core.ClosedJaxpr
     taps: tuple[Tap | str, ...]
 
-    def evaluate(
-        self, leaves: list[Array], example: ArrayTree, epsilons: dict[int, Array]
-    ) -> tuple[Array, dict[int, Array]]:
+    def evaluate(self, leaves: list[Array], example: ArrayTree, epsilons: Epsilons) -> tuple[Array, dict[int, Array]]:
         """The loss with ε added at the taps of the given leaves, and their other operands."""
-        at = {tap.path: (i, tap) for i, tap in enumerate(self.taps) if i in epsilons and isinstance(tap, Tap)}
-        record: dict[int, Array] = {}
+        taps = {i: tap for i, tap in enumerate(self.taps) if isinstance(tap, Tap)}
 
-        def run(jaxpr: core.Jaxpr, consts: Any, arguments: Any, path: Path) -> list[Any]:
+        def run(
+            jaxpr: core.Jaxpr, consts: Any, arguments: Any, path: Path, epsilons: Epsilons
+        ) -> tuple[list[Any], Any]:
             env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
             read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
+            record: dict[int, Array] = {}
             for index, eqn in enumerate(jaxpr.eqns):
                 here, values = (*path, index), [read(v) for v in eqn.invars]
-                if any(key[: len(here)] == here and key != here for key in at):
+                within = {i: epsilon for i, epsilon in epsilons.items() if taps[i].path[: len(here)] == here}
+                leaf = next((i for i in within if taps[i].path == here), None)
+                if leaf is not None:
+                    record[leaf] = values[taps[leaf].operand]
+                    results = [_apply(eqn, values)[0] + epsilons[leaf]]
+                elif within:
                     inner, inner_consts = _inner(eqn)
-                    results = run(inner, inner_consts, values, here)
+                    body = lambda values, epsilons: run(inner, inner_consts, values, here, epsilons)
+                    enter = _scanned if eqn.primitive.name == "scan" else _inlined
+                    results, found = enter(eqn, body, values, within)
+                    record |= found
                 else:
                     results = _apply(eqn, values)
-                if here in at:
-                    leaf, tap = at[here]
-                    record[leaf] = values[tap.operand]
-                    results = [results[0] + epsilons[leaf]]
                 env.update(zip(eqn.outvars, results, strict=True))
-            return [read(v) for v in jaxpr.outvars]
+            return [read(v) for v in jaxpr.outvars], record
 
-        value = run(self.closed.jaxpr, self.closed.consts, [*leaves, *jax.tree.leaves(example)], ())[0]
+        arguments = [*leaves, *jax.tree.leaves(example)]
+        (value,), record = run(self.closed.jaxpr, self.closed.consts, arguments, (), epsilons)
         return value, record
+
+
+def _inlined(eqn: core.JaxprEqn, body: Any, values: list[Any], epsilons: Epsilons) -> tuple[list[Any], Any]:
+    return body(values, epsilons)
+
+
+def _scanned(eqn: core.JaxprEqn, body: Any, values: list[Any], epsilons: Epsilons) -> tuple[list[Any], Any]:
+    """The scan again, with ε as one more of its inputs and what is recorded as one more of its outputs."""
+    options = eqn.params
+    num_consts, num_carry = options["num_consts"], options["num_carry"]
+    consts, carry, xs = values[:num_consts], values[num_consts:][:num_carry], values[num_consts + num_carry :]
+
+    def step(carry: list[Any], slices: Any) -> tuple[list[Any], Any]:
+        results, record = body([*consts, *carry, *slices[0]], slices[1])
+        return results[:num_carry], (results[num_carry:], record)
+
+    how = {name: options[name] for name in ("length", "reverse", "unroll")}
+    carry, (ys, record) = lax.scan(step, carry, (xs, epsilons), **how)
+    return [*carry, *ys], record
 
 
 def trace(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Trace:
@@ -118,7 +147,7 @@ def _only(found: list[Tap | str]) -> Tap | str:
 
 
 def _inner(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Any]:
-    held = eqn.params[_INLINE[eqn.primitive.name]]
+    held = eqn.params[_ENTER[eqn.primitive.name]]
     return (held.jaxpr, held.consts) if isinstance(held, core.ClosedJaxpr) else (held, ())
 
 
@@ -139,6 +168,8 @@ def _find(
             passed = {v: view for v, view in zip(inner.invars, held, strict=True) if view}
             returned = _find(inner, passed, here, uses)
             views.update((v, view) for v, view in zip(eqn.outvars, returned, strict=True) if view)
+        elif name == "scan":
+            _find_in_scan(eqn, held, here, uses)
         else:
             rule = _RULES.get(name)
             for position, view in enumerate(held):
@@ -151,6 +182,58 @@ def _find(
         for view in filter(None, returned):
             uses[view[0]].append("the loss itself")
     return returned
+
+
+def _find_in_scan(
+    eqn: core.JaxprEqn, held: list[tuple[int, View] | None], here: Path, uses: list[list[Tap | str]]
+) -> None:
+    """A leaf scanned over is S layers' kernels; one that every step shares has the steps' rows in its one sum."""
+    inner, _ = _inner(eqn)
+    first_carry, length = eqn.params["num_consts"], eqn.params["length"]
+    first_scanned = first_carry + eqn.params["num_carry"]
+    is_carry = lambda position: first_carry <= position < first_scanned
+    # By position, not by leaf: one leaf may come in twice, and two may meet in the body.
+    found: list[list[Tap | str]] = [
+        ["the carry of a scan"] if is_carry(position) else [] for position in range(len(held))
+    ]
+    passed = {
+        inner.invars[position]: (position, _same if position >= first_scanned else view[1])
+        for position, view in enumerate(held)
+        if view and not is_carry(position)
+    }
+    for returned in filter(None, _find(inner, passed, here, found)):
+        found[returned[0]].append("scan")
+    for position, view in enumerate(held):
+        if view:
+            wrap = functools.partial(_layers, before=view[1]) if position >= first_scanned else _steps
+            uses[view[0]].extend(use if isinstance(use, str) else wrap(use, length) for use in found[position])
+
+
+def _longer(output: jax.ShapeDtypeStruct, length: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((length, *output.shape), output.dtype)
+
+
+def _layers(tap: Tap, length: int, *, before: View) -> Tap:
+    """The tap of a scan's body as that of the whole, where each step has a kernel of its own."""
+    merged = lambda x: x.reshape(-1, *x.shape[2:])
+    return dataclasses.replace(
+        tap,
+        output=_longer(tap.output, length),
+        rows=lambda a, delta: jax.tree.map(merged, jax.vmap(tap.rows)(a, delta)),
+        matrix=lambda leaf: merged(jax.vmap(tap.matrix)(before(leaf))),
+        words=f"{tap.words} in a scan",
+    )
+
+
+def _steps(tap: Tap, length: int) -> Tap:
+    """The same where all steps share the kernel: (length, S, T, d) to (S, length·T, d)."""
+    merged = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[-1])
+    return dataclasses.replace(
+        tap,
+        output=_longer(tap.output, length),
+        rows=lambda a, delta: jax.tree.map(merged, jax.vmap(tap.rows)(a, delta)),
+        words=f"{tap.words} in a scan",
+    )
 
 
 def _shape(v: Any) -> tuple[int, ...]:
@@ -194,11 +277,11 @@ def _dot_general(eqn: core.JaxprEqn, position: int, before: View, path: Path) ->
         if position == 0:
             delta = jnp.moveaxis(delta, range(len(free)), range(-len(free), 0))
         steps = int(np.prod(delta.shape[: len(rest)]))
-        return a.reshape(steps, d), delta.reshape(steps, -1)
+        return a.reshape(1, steps, d), delta.reshape(1, steps, -1)
 
     def matrix(leaf: Array) -> Array:
         kernel = jnp.transpose(before(leaf), (*mine, *free))
-        return kernel.reshape(int(np.prod(kernel.shape[: len(mine)])), -1)
+        return kernel.reshape(1, int(np.prod(kernel.shape[: len(mine)])), -1)
 
     return Tap(path, other, _output(eqn), rows, matrix, "a matrix product")
 
@@ -222,12 +305,12 @@ def _conv_general_dilated(eqn: core.JaxprEqn, position: int, before: View, path:
             options["lhs_dilation"],
             options["rhs_dilation"],
         )
-        last = lambda x: jnp.moveaxis(x, 1, -1).reshape(-1, x.shape[1])
+        last = lambda x: jnp.moveaxis(x, 1, -1).reshape(1, -1, x.shape[1])
         return last(patches), last(jnp.transpose(delta, out_spec))
 
     def matrix(leaf: Array) -> Array:
         kernel = jnp.transpose(before(leaf), kernel_spec)
-        return kernel.reshape(kernel.shape[0], -1).T
+        return kernel.reshape(kernel.shape[0], -1).T[None]
 
     return Tap(path, 0, _output(eqn), rows, matrix, "a convolution")
 

@@ -103,6 +103,41 @@ def scanned():
     return vectors(network, {"layers": normal(2, 3, 4, 4) / 2, "last": normal(3, 4, 3)})
 
 
+def scanned_backwards_in_blocks():
+    """Two scans within one another, from the last layer to the first, each rematerialised, with kernels p.T."""
+    layer = jax.checkpoint(lambda h, p: (jnp.tanh(h @ p["kernel"].T + p["bias"]), h.sum()))
+
+    def network(p, x):
+        h, seen = jax.lax.scan(lambda h, block: jax.lax.scan(layer, h, block), x, p["layers"], reverse=True)
+        return h @ p["last"] + seen.sum()
+
+    layers = {"kernel": normal(2, 2, 3, 4, 4) / 2, "bias": normal(4, 2, 3, 4)}
+    return vectors(network, {"layers": layers, "last": normal(3, 4, 3)})
+
+
+def recurrent():
+    """One kernel for all steps of a sequence, as a scan's constant, and one that its carry changes."""
+
+    def network(p, x):
+        step = lambda h, v: ((jnp.tanh(h[0] @ p["hidden"] + v[:, None] * p["in"]), h[1] / 2), h[0] @ h[1])
+        (h, _), seen = jax.lax.scan(step, (jnp.ones((len(x), 4)), p["carried"]), x.T)
+        return h @ p["last"] + seen.sum(axis=(0, 2))[:, None]
+
+    params = {"hidden": normal(2, 4, 4), "in": normal(4, 4), "carried": normal(5, 4, 2), "last": normal(3, 4, 3)}
+    return vectors(network, params)
+
+
+def meeting_in_a_scan():
+    """Layers that are products of two kernels, and one leaf that comes in as layers and whole."""
+
+    def network(p, x):
+        step = lambda h, k: (jnp.tanh(h @ (k[0] @ p["shared"]) + h @ p["both"][0] + h @ k[1]), None)
+        return jax.lax.scan(step, x, (p["layers"], p["both"]))[0] @ p["last"]
+
+    params = {"layers": normal(2, 3, 4, 4) / 2, "both": normal(4, 3, 4, 4) / 2, "shared": normal(5, 4, 4)}
+    return vectors(network, {**params, "last": normal(3, 4, 3)})
+
+
 def decayed():
     loss, params, batch = vectors(plain, two_layers())
     return lambda p, b: loss(p, b) + 0.1 * sum(jnp.sum(x**2) for x in jax.tree.leaves(p)), params, batch
@@ -156,6 +191,9 @@ CASES = {
         heads,
         tied,
         scanned,
+        scanned_backwards_in_blocks,
+        recurrent,
+        meeting_in_a_scan,
         decayed,
         custom_derivative,
         residual_and_norm,
@@ -184,13 +222,16 @@ def test_the_plan_tells_which_way_each_leaf_went(monkeypatch, x64, check_per_exa
         assert words(case)["['first']"] == words(case)["['last']"] == "factors of a matrix product, T = 1"
         assert words(case)["['bias']"] == "carried: small; add"
     assert words("tied")["['first']"] == "carried: small; used 2 times: a matrix product, a matrix product"
+    assert words("scanned")["['layers']"] == "factors of a matrix product in a scan, S = 3, T = 1"
+    assert words("scanned_backwards_in_blocks")["['layers']['kernel']"].endswith("in a scan in a scan, S = 6, T = 1")
+    assert words("recurrent")["['hidden']"] == "factors of a matrix product in a scan, T = 4"
     monkeypatch.setattr(sys.modules["jaxnet.per_example.held"], "_SMALL", 0)
     jax.clear_caches()
-    assert words("scanned")["['layers']"] == "vmap(grad): scan"
+    assert words("recurrent")["['carried']"] == "vmap(grad): the carry of a scan"
     assert words("custom_derivative")["['first']"].startswith("vmap(grad): custom_vjp")
     assert words("grouped_convolution")["['kernel']"] == "vmap(grad): conv_general_dilated"
     assert words("decayed")["['first']"].startswith("vmap(grad): used 2 times")
-    for case in ("tied", "scanned"):
+    for case in ("tied", "recurrent"):
         check_per_example(*CASES[case]())
     jax.clear_caches()
 
