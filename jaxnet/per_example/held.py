@@ -15,6 +15,8 @@ from jaxnet.per_example.taps import Tap
 
 # Leaves of so many numbers are carried as they are, N copies of them: biases and scales.
 _SMALL = 4096
+# The Gram matrix comes in at most so many bands, of so many rows at least; more would only take longer to compile.
+_BANDS, _BAND = 4, 256
 
 Factors = tuple[Any, ...]
 """For each leaf that is one product's kernel ``(a (N, S, T, d), δ (N, S, T, p))``, for a small one its gradients
@@ -105,8 +107,17 @@ class Held:
         return self._gather(lambda group, v: group.deviations(v)[1], tree)
 
     def gram(self) -> Array:
-        """g_n·g_m, (N, N)."""
-        return self._total(lambda group, _: group.gram())
+        """g_n·g_m, (N, N), of which only the blocks on and above the diagonal are found."""
+        n = contract.num_examples(self.batch)
+        # What must be formed anew for each block is taken whole.
+        size = n if any(held is None for held in self.factors) else max(_BAND, -(-n // _BANDS))
+        starts = range(0, n, size)
+        groups = [group for _, group in self._groups]
+        bands: list[list[Any]] = [[group.rows(start, start + size) for group in groups] for start in starts]
+        block = lambda i, j: sum((x.products(y) for x, y in zip(bands[i], bands[j], strict=True)), jnp.zeros(()))
+        count = range(len(starts))
+        upper = {(i, j): block(i, j) for i in count for j in count if i <= j}
+        return jnp.block([[upper[i, j] if i <= j else upper[j, i].T for j in count] for i in count])
 
     def dense(self) -> ArrayTree:
         """All g_n, leaves (N, ...)."""

@@ -79,10 +79,22 @@ class Formed:
             lambda grads: tuple(d.sum(axis=0) for d in apart(grads)),
         )
 
-    def gram(self) -> Array:
-        """g_n·g_m, (N, N)."""
-        # Leaf by leaf: a bias's product is often one that its kernel needs too, and then is found once.
-        return sum((_flat(g) @ _flat(g).T for g in self.dense()), start=jnp.zeros(()))
+    def rows(self, start: int, stop: int) -> "Formed":
+        """Those of some of the examples."""
+        return dataclasses.replace(self, examples=jax.tree.map(lambda x: x[start:stop], self.examples))
+
+    def products(self, other: "Formed") -> Array:
+        """g_n·g_m with the gradients of M others, (N, M)."""
+        # Wide chunks, since those of the others are formed again for each. Leaf by leaf, since a bias's product is
+        # often one that its kernel needs too, and then is found once.
+        size = 16 * self.at_once
+
+        def of_chunk(chunk: Any) -> tuple[Array, tuple[()]]:
+            mine = self.form(chunk)
+            dot = lambda theirs: sum(_flat(y) @ _flat(x).T for x, y in zip(mine, theirs, strict=True))
+            return over_chunks(lambda c: (dot(other.form(c)), ()), other.examples, size)[0].T, ()
+
+        return over_chunks(of_chunk, self.examples, size)[0]
 
     def dense(self) -> Leaves:
         """All g_n, for each leaf (N, ...)."""
@@ -175,28 +187,33 @@ class Factored:
         squares += len(a) * apart**2 - 2 * apart * total
         return jnp.maximum(bracket - 2 * along + jnp.sum(apart**2), 0), (self._leaf(jnp.maximum(squares, 0)),)
 
-    def gram(self) -> Array:
-        """Σ_ts (a_nt·a_ms)(δ_nt·δ_ms), (N, N)."""
+    def rows(self, start: int, stop: int) -> "Factored":
+        """Those of some of the examples."""
+        return dataclasses.replace(self, a=self.a[start:stop], delta=self.delta[start:stop])
+
+    def products(self, other: "Factored") -> Array:
+        """Σ_ts (a_nt·a_ms)(δ_nt·δ_ms) with M others, (N, M)."""
         n, t, d, p = self._sizes
+        m = len(other.a)
         if t == 1:
-            a, delta = self.a[:, 0], self.delta[:, 0]
-            return (a @ a.T) * (delta @ delta.T)
-        if n * t * t * (d + p) > t * d * p + n * d * p:
-            return self._gram_by_entries()
-        row = lambda x: jnp.einsum("ti,msi->mts", x[0], self.a) * jnp.einsum("ti,msi->mts", x[1], self.delta)
+            return (self.a[:, 0] @ other.a[:, 0].T) * (self.delta[:, 0] @ other.delta[:, 0].T)
+        if 2 * n * m * t * t * (d + p) > (n + m) * t * d * p + 2 * n * m * d * p:
+            return self._products_by_entries(other)
+        row = lambda x: jnp.einsum("ti,msi->mts", x[0], other.a) * jnp.einsum("ti,msi->mts", x[1], other.delta)
         return lax.map(lambda x: row(x).sum(axis=(1, 2)), (self.a, self.delta))
 
-    def _gram_by_entries(self) -> Array:
+    def _products_by_entries(self, other: "Factored") -> Array:
         """G_n·G_m a few rows of the matrices at a time, so that all of them are never held."""
         n, _, d, p = self._sizes
-        rows = max(1, min(d, 2**20 // (n * p)))
-        blocks = jnp.pad(self.a, ((0, 0), (0, 0), (0, -d % rows))).reshape(*self.a.shape[:2], -1, rows)
+        count = max(1, min(d, 2**20 // (n * p)))
+        split = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, -d % count))).reshape(*a.shape[:2], -1, count)
+        form = lambda block, delta: jnp.einsum("ntd,ntp->ndp", block, delta).reshape(len(delta), -1)
 
-        def add(total: Array, block: Array) -> tuple[Array, None]:
-            part = jnp.einsum("ntd,ntp->ndp", block, self.delta).reshape(n, -1)
-            return total + part @ part.T, None
+        def add(total: Array, blocks: tuple[Array, ...]) -> tuple[Array, None]:
+            return total + form(blocks[0], self.delta) @ form(blocks[1], other.delta).T, None
 
-        return lax.scan(add, jnp.zeros((n, n), self.delta.dtype), jnp.moveaxis(blocks, 2, 0))[0]
+        blocks = tuple(jnp.moveaxis(split(a), 2, 0) for a in (self.a, other.a))
+        return lax.scan(add, jnp.zeros((n, len(other.a)), self.delta.dtype), blocks)[0]
 
     def dense(self) -> Leaves:
         """All g_n, (N, ...)."""
@@ -255,9 +272,14 @@ class Stacked:
         squares, sums = self._of_layers(lambda layer, v: layer.deviations((v,)), self.matrices(centre[0]))
         return squares.sum(axis=0), (self._leaf(sums[0]),)
 
-    def gram(self) -> Array:
-        """g_n·g_m, (N, N)."""
-        return self._of_layers(lambda layer: layer.gram()).sum(axis=0)
+    def rows(self, start: int, stop: int) -> "Stacked":
+        """Those of some of the examples."""
+        return dataclasses.replace(self, a=self.a[start:stop], delta=self.delta[start:stop])
+
+    def products(self, other: "Stacked") -> Array:
+        """g_n·g_m with M others, (N, M)."""
+        pair = lambda layer, a, delta: layer.products(dataclasses.replace(layer, a=a, delta=delta))
+        return self._of_layers(pair, *(jnp.moveaxis(x, 1, 0) for x in (other.a, other.delta))).sum(axis=0)
 
     def dense(self) -> Leaves:
         """All g_n, (N, ...)."""

@@ -247,6 +247,22 @@ def test_factors_found_by_chunks_are_the_same(name, monkeypatch, x64, check_per_
     check_per_example(loss, params, batch)
 
 
+@pytest.mark.parametrize("name", ["lenet", "scanned", "transformer"])
+def test_the_gram_matrix_by_bands_is_the_same(name, monkeypatch, x64, check_per_example):
+    """Four to six examples in bands of two."""
+    monkeypatch.setattr(sys.modules["jaxnet.per_example.held"], "_BAND", 2)
+    check_per_example(*CASES[name]())
+
+
+def test_gradients_that_are_formed_meet_by_chunks(monkeypatch, x64, check_per_example):
+    """Twenty examples, 16 at a time."""
+    module = sys.modules["jaxnet.per_example.held"]
+    monkeypatch.setattr(module, "_SMALL", 0)
+    monkeypatch.setattr(module, "at_once", lambda size: 1)
+    loss, params, _ = tied()
+    check_per_example(loss, params, (normal(1, 20, 4), jnp.arange(20) % 3))
+
+
 @hypothesis.settings(
     deadline=None, max_examples=4, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
