@@ -1,6 +1,7 @@
 """Where training really loses stability, found from gradients alone on a ladder of rates."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ from jax.typing import ArrayLike
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.training.program import MakeOptimizer
 
-# The oscillation's growth is taken between these steps: after the first, faster modes have died out, and up to
-# the last, what negative curvature makes of rounding errors stays small.
-_FROM, _TO = 4, 12
+# The oscillation's growth is taken from so many steps: what negative curvature makes of rounding errors stays small.
+_STEPS = 12
 _FILTER_STEPS = 100
 # Of the start from ω₀, relative, in units of √(rounding), where truncation and rounding errors meet.
 _DISTANCE = 0.3
@@ -22,7 +23,7 @@ _DISTANCE = 0.3
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ladder:
-    """Gradient descent at each of R rates, twice: about a fixed point, and plainly.
+    """An optimizer at each of R rates, twice: about a fixed point, and plainly.
 
     Attributes:
       rates: (R,) ascending η.
@@ -58,13 +59,17 @@ def measure_limits(
     rates: ArrayLike,
     *,
     key: Array,
+    make_optimizer: MakeOptimizer = optax.sgd,
+    opt_state: Any = None,
     num_starts: int = 3,
     num_steps: int = 60,
 ) -> Ladder:
     """Measure the limit of stability at ``params``, and where plain training fails, without any Hessian product.
 
     On the tilted loss E(ω) − ⟨g(ω₀), ω⟩ the point ω₀ is a fixed point of gradient descent. Started beside it, the
-    part of the iterates that alternates in sign from step to step grows beyond η = 2/λ_max and dies below.
+    part of the iterates that alternates in sign from step to step grows beyond η = 2/λ_max and dies below. Momentum's
+    iterates too have components s_t along the start that obey s_{t+1} = a s_t + b s_{t−1}: the growth is the size of
+    the larger root of z² = az + b, with a and b fitted to what is seen.
     The start is a random vector after 100 steps of gradient *ascent* on the tilted loss, which multiply a direction of
     curvature λ by 1 + λ/λ_max each: that leaves the sharp directions. (Negative curvature leaves ω₀ at any
     rate, without alternating; from an unfiltered start it would drown the rest.) Beside it runs plain training on E
@@ -76,6 +81,8 @@ def measure_limits(
       batch: the examples, all of them at each step.
       rates: (R,) ascending; their geometric middle should be near the limit expected.
       key: a `jax.random.key` for the random starts.
+      make_optimizer: the maker, called with each rate.
+      opt_state: the state to start in, such as Adam's second moments, its momentum zero; by default a fresh one.
       num_starts: D, how many starts; their spread is the error of the limit.
       num_steps: T, the steps of plain training.
 
@@ -105,11 +112,13 @@ def measure_limits(
         batch,
         jnp.asarray(values, dtype),
         jax.random.split(key, num_starts),
+        opt_state,
+        make_optimizer=make_optimizer,
         num_steps=num_steps,
     )
     along, plain = np.asarray(along, np.float64), np.asarray(plain)
-    growth = _growth(along)
-    limits = np.array([_crossing(values, row) for row in growth])
+    growth, at_minus_one = _growth(along, float(jnp.finfo(dtype).eps))
+    limits = np.array([_crossing(values, *rows) for rows in zip(growth, at_minus_one, strict=True)])
     failed = ~(plain[:, -1] < plain[:, 0])
     first = int(np.argmax(failed)) if failed.any() else len(values)
     ends = np.concatenate([[np.nan], values, [np.nan]])
@@ -119,9 +128,17 @@ def measure_limits(
     )  # fmt: skip
 
 
-@jax.jit(static_argnames=("loss", "num_steps"))
+@jax.jit(static_argnames=("loss", "make_optimizer", "num_steps"))
 def _ladder(
-    loss: Loss, params: ArrayTree, batch: ArrayTree, rates: Array, keys: Array, *, num_steps: int
+    loss: Loss,
+    params: ArrayTree,
+    batch: ArrayTree,
+    rates: Array,
+    keys: Array,
+    opt_state: Any,
+    *,
+    make_optimizer: MakeOptimizer,
+    num_steps: int,
 ) -> tuple[Array, Array]:
     """The starts' components along themselves, (D, R, steps), and plain training's losses, (R, T + 1)."""
     contract.check(loss, params, batch)
@@ -131,6 +148,10 @@ def _ladder(
     distance = _DISTANCE * jnp.finfo(rates.dtype).eps ** 0.5
     middle = jnp.exp(jnp.mean(jnp.log(rates)))
 
+    def begin(rate: Array) -> tuple[Any, Any]:
+        optimizer = optax.with_extra_args_support(make_optimizer(rate))
+        return optimizer.update, optimizer.init(params) if opt_state is None else opt_state
+
     def tilted(d: ArrayTree) -> ArrayTree:
         moved = optax.tree.add(params, d)
         return optax.tree.sub(gradient(moved, batch), at_start)
@@ -139,22 +160,31 @@ def _ladder(
         return optax.tree.scale(distance * size / optax.tree.norm(d), d)
 
     def filtered(key: Array) -> ArrayTree:
-        ascend = lambda _, d: resized(jax.tree.map(lambda x, g: x + middle / 2 * g, d, tilted(d)))
+        update, state = begin(middle / 2)
+        ascend = lambda _, d: resized(optax.tree.sub(d, update(tilted(d), state, params)[0]))
         start = resized(optax.tree.random_like(key, params, jax.random.normal))
         return jax.lax.fori_loop(0, _FILTER_STEPS, ascend, start)
 
     def beside(start: ArrayTree, rate: Array) -> Array:
-        def step(d: ArrayTree, _: None) -> tuple[ArrayTree, Array]:
-            return jax.tree.map(lambda x, g: x - rate * g, d, tilted(d)), optax.tree.vdot(d, start)
+        update, state = begin(rate)
 
-        return jax.lax.scan(step, start, None, length=_TO + 1)[1]
+        def step(carry: tuple[ArrayTree, Any], _: None) -> tuple[tuple[ArrayTree, Any], Array]:
+            d, state = carry
+            updates, state = update(tilted(d), state, params)
+            return (optax.tree.add(d, updates), state), optax.tree.vdot(d, start)
+
+        return jax.lax.scan(step, (start, state), None, length=_STEPS + 1)[1]
 
     def plainly(rate: Array) -> Array:
-        def step(p: ArrayTree, _: None) -> tuple[ArrayTree, Array]:
-            value, grad = jax.value_and_grad(loss)(p, batch)
-            return jax.tree.map(lambda x, g: x - (rate * g).astype(x.dtype), p, grad), value
+        update, state = begin(rate)
 
-        last, values = jax.lax.scan(step, params, None, length=num_steps)
+        def step(carry: tuple[ArrayTree, Any], _: None) -> tuple[tuple[ArrayTree, Any], Array]:
+            p, state = carry
+            value, grad = jax.value_and_grad(loss)(p, batch)
+            updates, state = update(grad, state, p)
+            return (optax.apply_updates(p, updates), state), value
+
+        (last, _), values = jax.lax.scan(step, (params, state), None, length=num_steps)
         return jnp.append(values, loss(last, batch))
 
     starts = jax.lax.map(filtered, keys)
@@ -162,20 +192,29 @@ def _ladder(
     return along, jax.vmap(plainly)(rates)
 
 
-def _growth(along: np.ndarray) -> np.ndarray:
-    window = along[..., _FROM : _TO + 1]
-    # Near η = 1/λ_max the start is gone within the first steps, and the signs of what is left are chance.
-    seen = np.abs(window[..., 0]) > 1e-4 * np.abs(along[..., 0])
-    alternates = seen & (window[..., 1:] * window[..., :-1] < 0).all(axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        growth = np.abs(window[..., -1] / window[..., 0]) ** (1 / (_TO - _FROM))
-    return np.where(alternates, growth, np.nan)
+def _growth(along: np.ndarray, rounding: float) -> tuple[np.ndarray, np.ndarray]:
+    """The larger root of z² − az − b, in size, and that polynomial at −1, through which the root leaves."""
+    growth, at_minus_one = np.full((2, *along.shape[:-1]), np.nan)
+    for index in np.ndindex(growth.shape):
+        s = along[index] / along[index][0]
+        # What has grown by so much has left the neighbourhood in which the loss is quadratic.
+        stop = int(np.argmin(np.append(np.abs(s) < 1e3, False)))
+        # Near η = 1/λ_max the start is gone within the first steps, and the signs of what is left are chance.
+        s = s[: min(stop, int(np.argmax(np.append(np.abs(s), 0) < 1e-4)))]
+        if len(s) < 4:
+            continue
+        (a, b), *_ = np.linalg.lstsq(np.stack([s[1:-1], s[:-2]], axis=1), s[2:], rcond=max(1e-3, 30 * rounding**0.5))
+        roots = np.roots([1, -a, -b])
+        largest = roots[np.argmax(np.abs(roots))]
+        if largest.real < 0:
+            growth[index], at_minus_one[index] = np.abs(largest), 1 + a - b
+    return growth, at_minus_one
 
 
-def _crossing(rates: np.ndarray, growth: np.ndarray) -> float:
-    """Where the growth passes 1, between two rates that oscillate; the factor ηλ − 1 is linear in η."""
+def _crossing(rates: np.ndarray, growth: np.ndarray, at_minus_one: np.ndarray) -> float:
+    """Where the growth passes 1, between two rates that oscillate: the polynomial at −1 is linear in η, or nearly."""
     for i in range(len(rates) - 1):
-        low, high = growth[i], growth[i + 1]
-        if low <= 1 < high:
-            return float(rates[i] + (1 - low) / (high - low) * (rates[i + 1] - rates[i]))
+        if growth[i] <= 1 < growth[i + 1]:
+            low, high = at_minus_one[i : i + 2]
+            return float(rates[i] + low / (low - high) * (rates[i + 1] - rates[i]))
     return float("nan")

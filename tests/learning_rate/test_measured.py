@@ -1,6 +1,9 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxnet import data, learning_rate, losses, nn
@@ -36,6 +39,37 @@ def test_a_network_with_negative_curvature_is_measured_at_its_sharpness():
     ladder = learning_rate.measure_limits(loss, params, (inputs, labels), 2 / values[-1] * LADDER, key=KEY)
     np.testing.assert_allclose(ladder.limit, 2 / values[-1], rtol=0.03)
     assert ladder.growth.shape == (3, len(LADDER))
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "predicted"),
+    [
+        (functools.partial(optax.sgd, momentum=0.9), 3.8 / 5),
+        (functools.partial(optax.sgd, momentum=0.9, nesterov=True), 3.8 / 2.8 / 5),
+    ],
+)
+def test_momentum_loses_stability_at_its_own_limit(make_optimizer, predicted, x64):
+    """(2 + 2β)/λ and (2 + 2β)/((1 + 2β)λ), whether or not the ladder has a rung there."""
+    batch = jnp.diag(jnp.sqrt(jnp.array([5.0, 3.0, 1.0, 0.1]) * 4))
+    for shift in (1.0, 1.04):
+        rates = predicted * shift * np.linspace(0.9, 1.1, 15)
+        ladder = learning_rate.measure_limits(
+            quadratic, jnp.ones(4), batch, rates, key=KEY, make_optimizer=make_optimizer
+        )
+        np.testing.assert_allclose(ladder.limits, predicted, rtol=1e-3)
+
+
+def test_adam_in_a_state_that_it_is_given(x64):
+    """38/λ of P^-½ H P^-½ at β₁ = .9, with P = √ν while ν stands still; λ = 5/2 for P = 2."""
+    batch = jnp.diag(jnp.sqrt(jnp.array([5.0, 3.0, 1.0, 0.1]) * 4))
+    make_adam = functools.partial(optax.adam, eps=0.0)
+    state = optax.tree.set(make_adam(1.0).init(jnp.ones(4)), count=jnp.int32(10**6), nu=jnp.full(4, 4.0))
+    ladder = learning_rate.measure_limits(
+        quadratic, jnp.ones(4), batch, 38 / 2.5 * np.linspace(0.85, 1.2, 15), key=KEY, make_optimizer=make_adam,
+        opt_state=state,
+    )  # fmt: skip
+    # Over a dozen steps ν loses 1 %.
+    np.testing.assert_allclose(ladder.limits, 38 / 2.5, rtol=0.01)
 
 
 def test_a_ladder_that_does_not_hold_the_limit_says_nan():
