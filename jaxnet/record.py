@@ -150,7 +150,12 @@ class Record:
 
     def to_json(self) -> str:
         """Strict JSON; NaN and infinities become the strings "nan", "inf" and "-inf"."""
-        return json.dumps(_plain(dataclasses.asdict(self)), indent=1, allow_nan=False, ensure_ascii=False)
+        return to_json(dataclasses.asdict(self))
+
+
+def to_json(value: Any) -> str:
+    """Mappings, sequences, arrays and numbers as strict JSON, with "nan", "inf" and "-inf" as strings."""
+    return json.dumps(_plain(value), indent=1, allow_nan=False, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:

@@ -66,8 +66,9 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
         config=dataclasses.asdict(config),
         seed=config.seed,
         dtype=str(jnp.result_type(*jax.tree.leaves(task.params))),
-        measurements=_of_analysis(analysis),
-        rows=analysis.rows(),
+        measurements=analysis.to_dict(),
+        rows=[*analysis.rows(), *_of_own_rate(config, analysis)],
+        panels=analysis.panels(),
     )
     yield found
 
@@ -90,29 +91,11 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
     progress("done", 1.0)
 
 
-def _of_analysis(analysis: Analysis) -> dict[str, Any]:
-    s = analysis.sharpness
-    return {
-        "sharpness": {
-            "value": s.value,
-            "residual_norm": s.residual_norm,
-            "upper_bound": s.upper_bound,
-            "num_matvecs": s.num_matvecs,
-            "converged": s.converged,
-        },
-        "rates": {
-            "optimal": analysis.optimal,
-            "maximal": analysis.maximal,
-            "safe_maximal": analysis.safe_maximal,
-            "greedy": analysis.curvature.greedy,
-        },
-        "noise": dataclasses.asdict(analysis.noise),
-        "curvature": {
-            **dataclasses.asdict(analysis.curvature),
-            "noise_scale": analysis.curvature.noise_scale,
-        },
-        "num_examples": analysis.num_examples,
-    }
+def _of_own_rate(config: AnalyseConfig, analysis: Analysis) -> list[tuple[str, Any, str]]:
+    rate = config.learning_rate
+    if rate is None or config.optimizer != "sgd":
+        return []
+    return [("your η, full batch", rate, f"stable here? {analysis.is_stable(rate)}")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +173,7 @@ def _with_runs(found: Record, runs: list[Run], sampled: int) -> Record:
         claims.append(record.below(f"{run.name}: trains at its rate", run.loss[0], run.loss[-1]))
     measurements = {**found.measurements, "runs": [dataclasses.asdict(run) for run in runs]}
     sampling = "the full batch" if sampled == found.measurements["num_examples"] else f"{sampled} examples"
-    panels = [_loss_panel(runs), _sharpness_panel(runs, found.config, sampling)]
+    panels = [*found.panels, _loss_panel(runs), _sharpness_panel(runs, found.config, sampling)]
     return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels)
 
 

@@ -1,7 +1,10 @@
 """What curvature and gradient noise say of the learning rate."""
 
 from jaxnet.learning_rate.analysis import Analysis, analyse
+from jaxnet.learning_rate.mean_square import sgd_maximal, stationary_excess
 from jaxnet.learning_rate.measured import Ladder, measure_limits
+from jaxnet.learning_rate.population import SgdLimit, in_mean_square, measure_sgd_limit, one_by_one
+from jaxnet.learning_rate.range_test import RangeTest, range_test
 from jaxnet.learning_rate.rates import (
     NoisyCurvature,
     for_batch_size,
@@ -10,16 +13,28 @@ from jaxnet.learning_rate.rates import (
     noisy_curvature,
     optimal,
 )
+from jaxnet.learning_rate.stability import Stability, stability, stability_limit
 
 __all__ = [
     "Analysis",
     "Ladder",
     "NoisyCurvature",
+    "RangeTest",
+    "SgdLimit",
+    "Stability",
     "analyse",
     "for_batch_size",
     "greedy",
+    "in_mean_square",
     "maximal",
     "measure_limits",
+    "measure_sgd_limit",
     "noisy_curvature",
+    "one_by_one",
     "optimal",
+    "range_test",
+    "sgd_maximal",
+    "stability",
+    "stability_limit",
+    "stationary_excess",
 ]

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnet import contract
+from jaxnet import contract, record
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import Sharpness, sharpness
 from jaxnet.data.orders import check_batch_size
 from jaxnet.learning_rate.rates import NoisyCurvature, for_batch_size, maximal, noisy_curvature, optimal
 from jaxnet.per_example import NoiseScale, check_independent, noise_scale
+from jaxnet.record import Line, Panel, Series
 
 
 @jax.tree_util.register_dataclass
@@ -20,7 +21,7 @@ class Analysis:
     """What the loss's curvature and its gradient's noise say of the learning rate.
 
     Attributes:
-      sharpness: λ_max of the full-batch Hessian, certified.
+      sharpness: λ_max of the full-batch Hessian, certified, with its sampling error.
       noise: the gradient's noise scale, from per-example gradients.
       curvature: g·g, g·Hg and tr(HΣ).
       num_examples: N.
@@ -46,6 +47,37 @@ class Analysis:
         """2 over the upper bound of λ_max: the limit that holds with the bound's probability."""
         return maximal(self.sharpness.upper_bound)
 
+    @property
+    def critical_batch_size(self) -> Array:
+        """B_crit = B_noise, from which on larger batches buy little: η(B) is half of the full batch's there.
+
+        tr(HΣ)/g·Hg where both are positive, S/|ḡ|² elsewhere.
+        """
+        hessian_scale = self.curvature.noise_scale
+        usable = (self.curvature.along_gradient > 0) & (self.curvature.along_noise > 0)
+        return jnp.where(usable, hessian_scale, self.noise.trace / self.noise.mean_squared)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """1, 2, 4, … and N."""
+        return (*(2**i for i in range((self.num_examples - 1).bit_length())), self.num_examples)
+
+    def limit(self, batch_size: int | None) -> Array:
+        """η_max for batches of B: 2λ/(λ² + p Var(vᵀH_nv)) with p = (N − B)/(B(N − 1)); None is the full batch.
+
+        Where SGD's mean square along the sharpest direction v starts to grow. Beyond it SGD is unstable; another
+        direction may be so before, which `sgd_maximal` tells exactly where no curvature is negative.
+
+        Raises:
+          ValueError: B is not in 1…N.
+        """
+        if batch_size is None:
+            return self.maximal
+        n, value = self.num_examples, self.sharpness.value
+        check_batch_size(batch_size, n)
+        variance = self.sharpness.sampling_error**2 * (n - 1)
+        return 2 * value / (value**2 + variance * (n - batch_size) / (batch_size * (n - 1)))
+
     def rate(self, batch_size: int | None) -> Array:
         """The rate to train at: 1/λ_max for the full batch (None), else min(1/λ_max, ε_max)/(1 + B_noise/B).
 
@@ -61,14 +93,40 @@ class Analysis:
         check_batch_size(batch_size, self.num_examples)
         # Where g·Hg is negative there is no greedy rate, and the cap alone decides.
         largest = jnp.fmin(self.optimal, self.curvature.greedy)
-        return for_batch_size(largest, self._noise_in_examples, batch_size, num_examples=self.num_examples)
+        return for_batch_size(largest, self.critical_batch_size, batch_size, num_examples=self.num_examples)
 
-    @property
-    def _noise_in_examples(self) -> Array:
-        # tr(HΣ) and g·Hg need positive curvature to be a noise scale; S/|ḡ|² always is one.
-        hessian_scale = self.curvature.noise_scale
-        usable = (self.curvature.along_gradient > 0) & (self.curvature.along_noise > 0)
-        return jnp.where(usable, hessian_scale, self.noise.trace / self.noise.mean_squared)
+    def reason(self, batch_size: int | None) -> str:
+        """Why `rate` recommends what it does, in words."""
+        rate = float(self.rate(batch_size))
+        if batch_size is None or batch_size == self.num_examples:
+            return f"η = {rate:.3g}: 1/λ_max, half of the rate at which the sharpest direction grows"
+        greedy = float(self.curvature.greedy)
+        capped = not greedy < float(self.optimal)
+        start = f"1/λ_max = {float(self.optimal):.3g}" if capped else f"ε_max = {greedy:.3g}"
+        why = (
+            "the gradient's noise adds more than curvature does"
+            if rate < float(self.optimal) / 2
+            else "noise adds little"
+        )
+        return (
+            f"η = {rate:.3g}: {start} divided by 1 + B_noise/B, B_noise = {float(self.critical_batch_size):.3g}; {why}"
+        )
+
+    def is_stable(self, rate: float, batch_size: int | None = None) -> str:
+        """Whether training at a constant rate is stable here: "yes", "no" or "not resolved".
+
+        For the full batch: yes below 2 over λ_max's upper bound, no above 2/λ_max. For batches of B: no above `limit`;
+        below it only the sharpest direction is known to be stable, and the answer is not resolved.
+
+        Raises:
+          ValueError: the rate is not positive and finite, or B is not in 1…N.
+        """
+        if not 0 < rate < float("inf"):
+            raise ValueError(f"rate: expected positive and finite, got {rate}")
+        if rate > self.limit(batch_size):
+            return "no" if self.sharpness.converged else "not resolved"
+        full = batch_size in (None, self.num_examples)
+        return "yes" if full and rate < self.safe_maximal else "not resolved"
 
     def rows(self) -> list[tuple[str, Any, str]]:
         """The lines of its table: (quantity, value, remark)."""
@@ -92,11 +150,65 @@ class Analysis:
                 f"± {float(self.noise.standard_error):.2g}, {simple}",
             ),
             ("B_noise = tr(HΣ)/g·Hg", float(self.curvature.noise_scale), "noise scale weighted by curvature"),
+            ("B_crit", float(self.critical_batch_size), "critical batch size: larger ones buy little"),
+            ("η_max at B = 1", float(self.limit(1)), "stochastic, along the sharpest direction: no more is stable"),
+        ]
+
+    def to_json(self) -> str:
+        """All of it as strict JSON, limits and rates of each of ``batch_sizes`` included."""
+        return record.to_json(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as names and numbers."""
+        s = self.sharpness
+        parts = ("value", "residual_norm", "upper_bound", "num_matvecs", "converged", "sampling_error")
+        return {
+            "sharpness": {name: getattr(s, name) for name in parts},
+            "rates": {
+                "optimal": self.optimal,
+                "maximal": self.maximal,
+                "safe_maximal": self.safe_maximal,
+                "greedy": self.curvature.greedy,
+                "recommended": self.rate(None),
+                "reason": self.reason(None),
+            },
+            "noise": dataclasses.asdict(self.noise),
+            "curvature": {**dataclasses.asdict(self.curvature), "noise_scale": self.curvature.noise_scale},
+            "critical_batch_size": self.critical_batch_size,
+            "batch_sizes": self.batch_sizes,
+            "limits": [self.limit(size) for size in self.batch_sizes],
+            "recommended": [self.rate(size) for size in self.batch_sizes],
+            "num_examples": self.num_examples,
+        }
+
+    def panels(self) -> list[Panel]:
+        """What `jaxnet.plots.draw` draws of it: the limit and the rate to train at, against the batch size."""
+        sizes = self.batch_sizes
+        series = [
+            Series("limit of stability, sharpest direction", sizes, [float(self.limit(b)) for b in sizes], "line", 1),
+            Series("rate to train at", sizes, [float(self.rate(b)) for b in sizes], "line-points", 0),
+        ]
+        return [
+            Panel(
+                name="rate_against_batch_size",
+                title="What noise leaves of the learning rate, for each batch size",
+                xlabel=f"batch size B, up to all {self.num_examples} examples",
+                ylabel="learning rate η",
+                series=series,
+                lines=[
+                    Line("1/λ_max", float(self.optimal), "y"),
+                    Line("2/λ_max", float(self.maximal), "y"),
+                    Line("critical batch size", float(self.critical_batch_size)),
+                ],
+                xscale="log",
+                yscale="log",
+            )
         ]
 
     def __str__(self) -> str:
-        """The table as plain text."""
-        return "\n".join(f"{name:24} {value:12.5g}  {remark}" for name, value, remark in self.rows())
+        """The table as plain text, with the recommended rate."""
+        lines = [f"{name:24} {value:12.5g}  {remark}" for name, value, remark in self.rows()]
+        return "\n".join([*lines, f"recommended, full batch: {self.reason(None)}"])
 
 
 def analyse(
@@ -121,7 +233,7 @@ def analyse(
     """
     n = contract.num_examples(batch)
     curvature_key, probe_key = jax.random.split(key)
-    sharp = sharpness(loss, params, batch, key=curvature_key, tol=tol)
+    sharp = sharpness(loss, params, batch, key=curvature_key, tol=tol, sampling_error=True)
     noise = noise_scale(loss, params, batch)
     value = float(sharp.value)
     if not (jnp.isfinite(sharp.value) and jnp.isfinite(noise.trace)):

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,3 +62,63 @@ def test_it_prints_as_a_table_and_crosses_jit(analysed):
 def test_without_positive_curvature_it_says_so(loss, words):
     with pytest.raises(ValueError, match=words):
         learning_rate.analyse(loss, jnp.ones(3), jnp.ones(4), key=KEY)
+
+
+def test_in_one_dimension_the_limit_for_a_batch_is_exact():
+    """E_n = ½ x_n² (w − 1)²: E(1 − ηh_B)² = 1 at η = 2λ/(λ² + p Var h), by sums over all batches of two."""
+    x = jnp.array([1.0, 2.0, 0.5, 1.5])
+    loss = lambda w, batch: jnp.mean(0.5 * batch**2 * (w - 1) ** 2)
+    found = learning_rate.analyse(loss, jnp.array(3.0), x, key=KEY)
+    h = np.asarray(x) ** 2
+    pairs = [(h[i] + h[j]) / 2 for i in range(4) for j in range(i)]
+    for size, curvatures in ((1, h), (2, pairs), (4, [h.mean()])):
+        growth = np.mean((1 - float(found.limit(size)) * np.array(curvatures)) ** 2)
+        np.testing.assert_allclose(growth, 1, rtol=1e-5)
+    np.testing.assert_allclose(found.limit(None), 2 / h.mean(), rtol=1e-5)
+
+
+def test_no_batch_bears_more_than_its_limit(x64):
+    """The exact limit of SGD on a quadratic is below that of its sharpest direction alone."""
+    neuron = nn.linear_neuron()
+    loss = losses.mean_loss(neuron.apply, losses.squared_error)
+    batch = data.two_gaussians_exact()
+    params = {"kernel": jnp.ones((2, 1)), "bias": jnp.ones(1)}
+    found = learning_rate.analyse(loss, params, batch, key=KEY, tol=1e-8)
+    sizes = found.batch_sizes
+    assert sizes == (1, 2, 4, 8, 16, 32, 64, 100)
+    exact = learning_rate.sgd_maximal(loss, params, batch, sizes, replace=False)
+    limits = np.array([found.limit(size) for size in sizes])
+    assert (exact <= limits * (1 + 1e-6)).all()
+    assert exact[0] < 0.8 * limits[0]
+    np.testing.assert_allclose(exact[-1], limits[-1], rtol=1e-6)
+
+
+def test_is_my_rate_stable(analysed):
+    found = analysed[-1]
+    low, high = float(found.safe_maximal), float(found.maximal)
+    assert found.is_stable(0.99 * low) == "yes"
+    assert found.is_stable(1.01 * high) == "no"
+    assert found.is_stable((low + high) / 2) == "not resolved"
+    assert found.is_stable(0.99 * float(found.limit(4)), 4) == "not resolved"
+    assert found.is_stable(0.99 * low, 300) == "yes"
+    assert found.is_stable(1.01 * float(found.limit(1)), 1) == "no"
+    for rate in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="rate: expected positive and finite"):
+            found.is_stable(rate)
+
+
+def test_it_goes_to_json_and_says_why(analysed):
+    found = analysed[-1]
+    plain = json.loads(found.to_json())
+    np.testing.assert_allclose(plain["limits"][0], found.limit(1), rtol=1e-6)
+    assert len(plain["limits"]) == len(plain["batch_sizes"]) == len(plain["recommended"]) == 10
+    assert plain["rates"]["reason"].startswith(f"η = {float(found.optimal):.3g}: 1/λ_max, half of the rate")
+    assert "B_noise" in found.reason(4)
+    assert f"η = {float(found.rate(4)):.3g}" in found.reason(4)
+    assert str(found).endswith(found.reason(None))
+    # Half of the full batch's rate at the critical batch size, as far as the cap is the same.
+    critical = float(found.critical_batch_size)
+    largest = min(float(found.optimal), float(found.curvature.greedy))
+    np.testing.assert_allclose(learning_rate.for_batch_size(largest, critical, critical), largest / 2, rtol=1e-6)
+    (panel,) = found.panels()
+    assert [len(series.x) for series in panel.series] == [10, 10]

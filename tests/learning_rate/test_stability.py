@@ -1,0 +1,261 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from jaxnet import training
+from jaxnet.learning_rate.stability import stability, stability_limit
+
+KEY = jax.random.key(0)
+BATCH = jnp.ones(2)
+B2 = {"adam": 0.999, "rmsprop": 0.9}
+
+
+def quadratic(params, batch):
+    """½ w′Hw with H = Q diag(5, 2, 1) Q′, two leaves."""
+    w = jnp.append(params["a"], params["b"])
+    return jnp.mean(batch) * 0.5 * w @ _hessian() @ w
+
+
+def _hessian():
+    q, _ = np.linalg.qr(np.random.default_rng(3).normal(size=(3, 3)))
+    return jnp.asarray(q * [5.0, 2.0, 1.0] @ q.T)
+
+
+def _params():
+    return {"a": jnp.array([0.3, -0.2]), "b": jnp.array(0.5)}
+
+
+MOMENTS = {"a": np.array([0.04, 1.3]), "b": np.array(0.25)}
+
+
+def _is_adaptive(node):
+    return hasattr(node, "nu")
+
+
+def _with_moments(state, moments, count):
+    """The state with second moments ν and, where it counts, t steps done."""
+
+    def node(x):
+        if not _is_adaptive(x):
+            return x
+        filled = {"nu": jax.tree.map(jnp.asarray, moments)}
+        if "count" in x._fields:
+            filled["count"] = jnp.asarray(count, jnp.int32)
+        return x._replace(**filled)
+
+    return jax.tree.map(node, state, is_leaf=_is_adaptive)
+
+
+def _limit_of_iterates(make, b2, count, bracket):
+    """Bisect on whether optax's own iterates grow, with ν and t put back before each step: gradients alone."""
+    # So small that their squares add nothing to ν; the update takes ν to b₂ν and t to t + 1.
+    small = jax.tree.map(lambda x: 1e-12 * x, _params())
+    before = jax.tree.map(lambda x: x / b2, MOMENTS)
+
+    @jax.jit
+    def grows(rate):
+        optimizer = make(rate)
+        update = training.make_update(quadratic, optimizer)
+
+        def step(state, _):
+            held = _with_moments(state.opt_state, before, count - 1)
+            state, _ = update(state._replace(opt_state=held), BATCH)
+            return state, optax.tree.norm(state.params)
+
+        _, sizes = jax.lax.scan(step, training.init_state(small, optimizer), None, length=1200)
+        return jnp.any(sizes > 1e-6) | (sizes[-1] > sizes[-101])
+
+    low, high = bracket
+    for _ in range(32):
+        middle = (low + high) / 2
+        low, high = (low, middle) if grows(middle) else (middle, high)
+    return middle
+
+
+def ema(rate):
+    return optax.chain(optax.ema(0.9, debias=False), optax.scale(-1.0 * rate))
+
+
+def coupled(rate):
+    return optax.chain(optax.add_decayed_weights(0.5), optax.sgd(rate, momentum=0.9, nesterov=True))
+
+
+CASES = {
+    "gradient descent": (optax.sgd, 2 / 5),
+    "heavy ball": (functools.partial(optax.sgd, momentum=0.9), 3.8 / 5),
+    "heavy ball, β = .5": (functools.partial(optax.sgd, momentum=0.5), 3 / 5),
+    "nesterov": (functools.partial(optax.sgd, momentum=0.9, nesterov=True), 3.8 / 2.8 / 5),
+    "ema": (ema, 38 / 5),
+    "coupled decay": (coupled, 3.8 / 2.8 / 5.5),
+    "adam": (optax.adam, None),
+    "adam, ε = .1": (functools.partial(optax.adam, eps=0.1), None),
+    "nadam": (optax.nadam, None),
+    "adamw": (functools.partial(optax.adamw, weight_decay=0.05), None),
+    "adamw, masked": (functools.partial(optax.adamw, weight_decay=0.2, mask={"a": True, "b": False}), None),
+    "rmsprop": (optax.rmsprop, None),
+    "rmsprop, ε = .1": (functools.partial(optax.rmsprop, eps=0.1), None),
+    "rmsprop, nesterov": (functools.partial(optax.rmsprop, momentum=0.9, nesterov=True), None),
+    "rmsprop, centered": (functools.partial(optax.rmsprop, centered=True), None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_where_the_iterates_begin_to_grow(name, x64):
+    make, closed = CASES[name]
+    optimizer = make(0.01)
+    state = _with_moments(optimizer.init(_params()), MOMENTS, 7)
+    limit = float(stability_limit(optimizer, state, quadratic, _params(), BATCH, key=KEY, tol=1e-12))
+    if closed is not None:
+        np.testing.assert_allclose(limit, closed, rtol=1e-9)
+    measured = _limit_of_iterates(make, 0.999 if "adam" in name else 0.9, 7, (0.5 * limit, 2 * limit))
+    np.testing.assert_allclose(limit, measured, rtol=1e-6)
+
+
+def test_adam_against_its_formula_on_a_network(mlp_problem):
+    """λ_max(P⁻¹H) from the dense Hessian, P = (1 − β₁ᵗ) diag(√ν̂ + ε) from the state alone."""
+    loss, params, batch = mlp_problem
+    for optimizer, decay in (
+        (optax.adam(3e-3, b1=0.8, eps=1e-3), 0),
+        (optax.adamw(3e-3, b1=0.8, eps=1e-3, weight_decay=2.0), 2),
+    ):
+        update, state = jax.jit(training.make_update(loss, optimizer)), training.init_state(params, optimizer)
+        for _ in range(9):
+            state, _ = update(state, batch)
+        flat, unravel = ravel_pytree(state.params)
+        hessian = jax.hessian(lambda w: loss(unravel(w), batch))(flat)
+        adam = state.opt_state[0]
+        root = jnp.sqrt(ravel_pytree(adam.nu)[0] / (1 - 0.999**9))
+        preconditioned = hessian / ((1 - 0.8**9) * (root + 1e-3))[:, None]
+        largest = np.linalg.eigvals(preconditioned).real.max()
+        found = stability(optimizer, state.opt_state, loss, state.params, batch, key=KEY, tol=1e-10)
+        # Where λ = (1 + β)(2 − ηd)/((1 − β)η).
+        np.testing.assert_allclose(found.limit, 2 / (largest * 0.2 / 1.8 + decay), rtol=1e-7)
+        np.testing.assert_allclose(found.rate, 3e-3, rtol=1e-9)
+        np.testing.assert_allclose(found.ratio, 3e-3 / found.limit, rtol=1e-9)
+
+
+def test_single_precision_and_a_warm_start():
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), _params())
+    optimizer = optax.rmsprop(1e-3, momentum=0.9)
+    state = _with_moments(optimizer.init(params), jax.tree.map(np.float32, MOMENTS), 7)
+    root = np.sqrt(np.append(MOMENTS["a"], MOMENTS["b"]) + 1e-8)
+    largest = np.linalg.eigvals(np.asarray(_hessian()) / root[:, None]).real.max()
+    cold = stability(optimizer, state, quadratic, params, BATCH, key=KEY, tol=1e-5)
+    warm = stability(optimizer, state, quadratic, params, BATCH, key=KEY, tol=1e-5, v0=cold.vector)
+    np.testing.assert_allclose([cold.limit, warm.limit], 3.8 / largest, rtol=1e-5)
+    np.testing.assert_allclose(cold.rate, 1e-3, rtol=1e-5)
+
+
+SCHEDULE = optax.piecewise_constant_schedule(0.1, {2: 0.25})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "limit"),
+    [
+        (optax.sgd(SCHEDULE, momentum=0.9), 0.025, 3.8 / 5),
+        (optax.inject_hyperparams(optax.sgd)(SCHEDULE, momentum=0.9), 0.025, 3.8 / 5),
+        (optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.9, nesterov=True), 0.1, 3.8 / 2.8 / 5),
+        # What the state names is meant: half of its rate is what arrives.
+        (optax.chain(optax.inject_hyperparams(optax.sgd)(0.1), optax.scale(0.5)), 0.1, 4 / 5),
+        (optax.chain(optax.sgd(0.1), optax.scale(0.5)), 0.05, 2 / 5),
+        (optax.chain(optax.clip_by_global_norm(1e3), optax.sgd(0.1)), 0.1, 2 / 5),
+        (optax.masked(optax.sgd(0.1, momentum=0.9), {"a": True, "b": True}), 0.1, 3.8 / 5),
+        (optax.named_chain(("decay", optax.add_decayed_weights(1.0)), ("descend", optax.sgd(0.1))), 0.1, 2 / 6),
+        (optax.inject_hyperparams(optax.adagrad)(0.1), 0.1, None),
+        (optax.adagrad(0.1), 0.1, None),
+    ],
+)
+def test_the_rate_and_its_limit_after_some_steps(optimizer, rate, limit, x64):
+    update, state = training.make_update(quadratic, optimizer), training.init_state(_params(), optimizer)
+    for _ in range(3):
+        state, _ = update(state, BATCH)
+    found = stability(optimizer, state.opt_state, quadratic, state.params, BATCH, key=KEY, tol=1e-10)
+    np.testing.assert_allclose(found.rate, rate, rtol=1e-7)
+    if limit is None:
+        sums = ravel_pytree(optax.tree.get(state.opt_state, "sum_of_squares"))[0]
+        limit = 2 / np.linalg.eigvals(np.asarray(_hessian()) / np.sqrt(sums + 1e-7)[:, None]).real.max()
+    np.testing.assert_allclose(found.limit, limit, rtol=1e-7)
+
+
+def test_frozen_params_take_no_part(x64):
+    labels = {"a": "train", "b": "keep"}
+    optimizer = optax.partition({"train": optax.sgd(0.1, momentum=0.9), "keep": optax.set_to_zero()}, labels)
+    block = np.linalg.eigvalsh(np.asarray(_hessian())[:2, :2])[-1]
+    found = stability(optimizer, optimizer.init(_params()), quadratic, _params(), BATCH, key=KEY, tol=1e-10)
+    np.testing.assert_allclose([found.limit, found.rate], [3.8 / block, 0.1], rtol=1e-9)
+
+
+def with_matrix(params, batch):
+    return jnp.mean(batch) * jnp.sum(params["w"] ** 2 * jnp.arange(1.0, 7).reshape(2, 3))
+
+
+WORDS = {
+    "fresh": (optax.adam(1e-3), "seen no gradient"),
+    "fresh, no count": (optax.rmsprop(1e-3), "seen no gradient"),
+    "fresh average": (optax.chain(optax.ema(0.9), optax.scale(-0.1)), "a count of 0"),
+    "sign": (optax.sign_sgd(0.1), "does it take a sign"),
+    "signum": (optax.signum(0.1), "does it take a sign"),
+    "lion": (optax.lion(0.1), "ScaleByLionState is not known"),
+    "clipped": (optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)), "is clipping in force"),
+    "clipped by element": (optax.chain(optax.clip(3.0), optax.sgd(0.1)), "is clipping in force"),
+    "clipped updates": (optax.chain(optax.sgd(0.1, momentum=0.9), optax.clip(0.3)), "is clipping in force"),
+    "lars": (optax.lars(0.1), "divide by a norm"),
+    "centred": (optax.chain(optax.centralize(), optax.sgd(0.1)), "not linear in the gradient"),
+    "polyak": (optax.polyak_sgd(0.1), "not linear in the gradient"),
+    "adafactor": (optax.adafactor(0.1), "FactoredState is not known"),
+    "noise": (optax.noisy_sgd(0.1, key=0), "AddNoiseState is not known"),
+    "accumulated": (optax.MultiSteps(optax.sgd(0.1), 3), "MultiStepsState is not known"),
+    "two momenta": (optax.chain(optax.trace(0.9), optax.sgd(0.1, momentum=0.5)), "at most one momentum, got 2"),
+    "uphill": (optax.sgd(-0.1), "goes up the gradient"),
+    "no rate": (optax.sgd(optax.linear_schedule(0.0, 0.1, 10)), "rate is 0 in this state"),
+    "two rates": (
+        optax.partition({"x": optax.sgd(0.1), "y": optax.sgd(0.2)}, {"v": "x", "w": "y"}),
+        "several rates",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_where_it_has_no_meaning_words_say_so(name):
+    optimizer, words = WORDS[name]
+    params = {"v": jnp.ones(2), "w": jnp.ones((2, 3))}
+    loss = lambda p, batch: with_matrix(p, batch) + jnp.sum(p["v"] ** 2)
+    with pytest.raises(ValueError, match=words):
+        stability_limit(optimizer, optimizer.init(params), loss, params, BATCH, key=KEY)
+
+
+def test_a_preconditioner_that_is_no_root_needs_its_rate_named(x64):
+    """Adamax divides by ν itself."""
+    largest = np.linalg.eigvals(
+        np.asarray(_hessian()) / ((1 - 0.9**7) * np.append(MOMENTS["a"], MOMENTS["b"]))[:, None]
+    ).real.max()
+    for maker in (optax.adamax, optax.inject_hyperparams(optax.adamax)):
+        optimizer = maker(1e-3)
+        state = _with_moments(optimizer.init(_params()), MOMENTS, 7)
+        limit = functools.partial(stability_limit, optimizer, state, quadratic, _params(), BATCH, key=KEY, tol=1e-10)
+        if maker is optax.adamax:
+            with pytest.raises(ValueError, match="inject_hyperparams"):
+                limit()
+        else:
+            np.testing.assert_allclose(limit(), 38 / largest, rtol=1e-7)
+
+
+def test_bad_arguments():
+    params = {"w": jnp.ones((2, 3))}
+    optimizer = optax.sgd(0.1)
+    limit = functools.partial(stability_limit, key=KEY)
+    with pytest.raises(TypeError, match="one that is made"):
+        limit(optax.sgd, None, with_matrix, params, BATCH)
+    with pytest.raises(ValueError, match="opt_state: expected the state of this optimizer"):
+        limit(optimizer, optax.adam(0.1).init(params), with_matrix, params, BATCH)
+    with pytest.raises(ValueError, match="not positive"):
+        limit(optimizer, optimizer.init(params), lambda p, b: -with_matrix(p, b), params, BATCH)
+    with pytest.raises(ValueError, match=r"not finite: .*params\['w'\]"):
+        limit(optimizer, optimizer.init(params), with_matrix, {"w": jnp.full((2, 3), jnp.nan)}, BATCH)
+    with pytest.raises(TypeError, match="one batch"):
+        limit(optimizer, optimizer.init(params), with_matrix, params, [(BATCH,), (BATCH,)])
