@@ -1,5 +1,6 @@
 """What curvature and gradient noise say of the learning rate."""
 
+from jaxnet.learning_rate.adaptive import ScaleBySharpnessState, scale_by_sharpness, sharpness_sgd
 from jaxnet.learning_rate.analysis import Analysis, analyse
 from jaxnet.learning_rate.mean_square import sgd_maximal, stationary_excess
 from jaxnet.learning_rate.measured import Ladder, measure_limits
@@ -20,6 +21,7 @@ __all__ = [
     "Ladder",
     "NoisyCurvature",
     "RangeTest",
+    "ScaleBySharpnessState",
     "SgdLimit",
     "Stability",
     "analyse",
@@ -33,7 +35,9 @@ __all__ = [
     "one_by_one",
     "optimal",
     "range_test",
+    "scale_by_sharpness",
     "sgd_maximal",
+    "sharpness_sgd",
     "stability",
     "stability_limit",
     "stationary_excess",

@@ -1,21 +1,21 @@
 """Where SGD really loses stability, found from gradients alone on a population of runs."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.data.orders import check_batch_size
 
 Follow = Callable[[Array, Array], tuple[Array, Array]]
-"""``follow(key, factors) -> (log of the growth, whom to follow)``, from each run's factor of |δ|² in a step."""
+"""``follow(factors, u) -> (log of the growth, whom to follow)``: factors of |δ|² in a step, and u uniform in [0, 1)."""
 
 # Of the start from ω₀, relative, in units of √(rounding), where truncation and rounding errors meet.
 _DISTANCE = 0.3
@@ -23,18 +23,17 @@ _DISTANCE = 0.3
 _UPHILL = 20
 
 
-def in_mean_square(key: Array, factors: Array) -> tuple[Array, Array]:
+def in_mean_square(factors: Array, u: Array) -> tuple[Array, Array]:
     """log of the mean factor; runs are split or dropped in proportion to theirs.
 
     Runs that grow much carry the mean and are too rare to be met by chance: splitting keeps them in the population.
     """
     n = factors.size
-    at = (jnp.arange(n) + jax.random.uniform(key)) / n
-    followed = jnp.searchsorted(jnp.cumsum(factors) / factors.sum(), at)
+    followed = jnp.searchsorted(jnp.cumsum(factors) / factors.sum(), (jnp.arange(n) + u) / n)
     return jnp.log(factors.mean()), jnp.minimum(followed, n - 1)
 
 
-def one_by_one(key: Array, factors: Array) -> tuple[Array, Array]:
+def one_by_one(factors: Array, u: Array) -> tuple[Array, Array]:
     """The mean log of the factors, every run followed: what almost every single trajectory does in the long run."""
     return jnp.log(factors).mean(), jnp.arange(factors.size)
 
@@ -115,16 +114,16 @@ def measure_sgd_limit(
     check_batch_size(batch_size, contract.check(loss, params, data))
     if not 0 < highest < np.inf:
         raise ValueError(f"highest: expected a positive and finite rate, got {highest}")
-    log_growth = functools.partial(
-        _log_growth, loss, params, data, batch_size=batch_size, replace=replace, follow=follow,
-        num_particles=num_particles, num_steps=num_steps,
+    # The same draws at each rate: the growth is then a smooth function of it.
+    draws = _draw(
+        params, jax.random.split(key, num_repeats), contract.num_examples(data), batch_size, replace, num_particles,
+        _UPHILL + num_steps,
     )  # fmt: skip
-    keys = jax.random.split(key, num_repeats)
     low, high = np.zeros(num_repeats), np.full(num_repeats, float(highest))
     rates, growth = [], []
     for _ in range(num_halvings):
         middle = (low + high) / 2
-        values = np.asarray(log_growth(jnp.asarray(middle), keys))
+        values = np.asarray(_log_growth(loss, params, data, jnp.asarray(middle), draws, follow))
         # What is not finite has grown.
         low, high = np.where(values < 0, middle, low), np.where(values < 0, high, middle)
         rates.append(middle)
@@ -132,46 +131,61 @@ def measure_sgd_limit(
     return SgdLimit(jnp.asarray((low + high) / 2), jnp.asarray(rates), jnp.asarray(growth))
 
 
-@jax.jit(static_argnames=("loss", "batch_size", "replace", "follow", "num_particles", "num_steps"))
-def _log_growth(
-    loss: Loss, params: ArrayTree, data: ArrayTree, rates: Array, keys: Array, *, batch_size: int, replace: bool,
-    follow: Follow, num_particles: int, num_steps: int,
-) -> Array:  # fmt: skip
-    """The log of the factor a step of |δ|², for each rate with its key."""
-    n, dtype = contract.num_examples(data), jnp.result_type(*jax.tree.leaves(params))
+class _Draws(NamedTuple):
+    """All that is random in R repeats of S steps: (R, P, …) starts, (R, S, P, B) rows of the data, (R, S) u."""
+
+    starts: ArrayTree
+    rows: Array
+    u: Array
+
+
+@jax.jit(static_argnums=(2, 3, 4, 5, 6))
+def _draw(params: ArrayTree, keys: Array, n: int, size: int, replace: bool, particles: int, steps: int) -> _Draws:
+    def rows(key: Array) -> Array:
+        if replace:
+            return jax.random.randint(key, (particles, size), 0, n, jnp.int32)
+        permuted = lambda key: jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))[:size]
+        return jax.vmap(permuted)(jax.random.split(key, particles))
+
+    def of_repeat(key: Array) -> _Draws:
+        start_key, rows_key, u_key = jax.random.split(key, 3)
+        start = lambda key: optax.tree.random_like(key, params, jax.random.normal)
+        return _Draws(
+            jax.vmap(start)(jax.random.split(start_key, particles)),
+            lax.map(rows, jax.random.split(rows_key, steps)),
+            jax.random.uniform(u_key, (steps,)),
+        )
+
+    return jax.vmap(of_repeat)(keys)
+
+
+@jax.jit(static_argnames=("loss", "follow"))
+def _log_growth(loss: Loss, params: ArrayTree, data: ArrayTree, rates: Array, draws: _Draws, follow: Follow) -> Array:
+    """The log of the factor a step of |δ|², for each repeat at its rate."""
+    dtype = jnp.result_type(*jax.tree.leaves(params))
     length = _DISTANCE * jnp.finfo(dtype).eps ** 0.5 * jnp.maximum(optax.tree.norm(params), 1)
     gradient = jax.grad(loss)
-
-    def draw(key: Array) -> Array:
-        if replace:
-            # Of one draw each: integers would take two, and the draws are most of the work for a small model.
-            return (n * jax.random.uniform(key, (num_particles, batch_size), jnp.float32)).astype(jnp.int32)
-        rows = lambda key: jax.random.permutation(key, n)[:batch_size]
-        return jax.vmap(rows)(jax.random.split(key, num_particles))
 
     def resized(d: ArrayTree) -> tuple[ArrayTree, Array]:
         """δ at its length, and the square of what it had in units of that."""
         grown = optax.tree.norm(d) / length
         return optax.tree.scale(1 / grown, d), grown**2
 
-    def one(d: ArrayTree, rows: Array, rate: Array) -> tuple[ArrayTree, Array]:
+    def move(d: ArrayTree, rows: Array, rate: Array) -> tuple[ArrayTree, Array]:
         batch = jax.tree.map(lambda x: jnp.asarray(x)[rows], data)
         slope = optax.tree.sub(gradient(optax.tree.add(params, d), batch), gradient(params, batch))
         return resized(jax.tree.map(lambda x, g: x - rate.astype(x.dtype) * g, d, slope))
 
-    def at_rate(rate: Array, key: Array) -> Array:
-        def step(d: ArrayTree, given: tuple[Array, Array]) -> tuple[ArrayTree, Array]:
-            key, signed_rate = given
-            draw_key, follow_key = jax.random.split(key)
-            d, factors = jax.vmap(one, in_axes=(0, 0, None))(d, draw(draw_key), signed_rate)
-            value, followed = follow(follow_key, factors)
+    def at_rate(rate: Array, given: _Draws) -> Array:
+        def step(d: ArrayTree, drawn: tuple[Array, Array, Array]) -> tuple[ArrayTree, Array]:
+            signed_rate, rows, u = drawn
+            d, factors = jax.vmap(move, in_axes=(0, 0, None))(d, rows, signed_rate)
+            value, followed = follow(factors, u)
             return jax.tree.map(lambda x: x[followed], d), value
 
-        start_key, key = jax.random.split(key)
-        random: Any = lambda key: resized(optax.tree.random_like(key, params, jax.random.rademacher))[0]
-        start = jax.vmap(random)(jax.random.split(start_key, num_particles))
-        signed_rates = jnp.append(jnp.full(_UPHILL, -rate / 2), jnp.full(num_steps, rate))
-        values = jax.lax.scan(step, start, (jax.random.split(key, signed_rates.size), signed_rates))[1]
-        return values[-num_steps // 2 :].mean()
+        downhill = given.u.size - _UPHILL
+        signed_rates = jnp.append(jnp.full(_UPHILL, -rate / 2), jnp.full(downhill, rate))
+        starts = jax.vmap(resized)(given.starts)[0]
+        return lax.scan(step, starts, (signed_rates, given.rows, given.u))[1][-downhill // 2 :].mean()
 
-    return jax.vmap(at_rate)(rates, keys)
+    return jax.vmap(at_rate)(rates, draws)

@@ -97,9 +97,10 @@ def stability(
       A `Stability`.
 
     Raises:
-      TypeError, ValueError: the arguments do not fit the contract or each other; a part of the optimizer is none of
-        those known; no gradient has reached the second moments yet; the update is not linear in the gradient (clipping
-        in force, a sign, a norm); a value is not finite; or nothing curves upwards, so that no rate follows.
+      TypeError, ValueError: the arguments do not fit the contract or each other, or are in half precision; a part of
+        the optimizer is none of those known; no gradient has reached the second moments yet; the update is not linear
+        in the gradient (clipping in force, a sign, a norm); a value is not finite; or nothing curves upwards, so that
+        no rate follows.
 
     Reference:
       Cohen et al., "Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability", 2021, appendix B;
@@ -115,6 +116,7 @@ def stability(
     if wanted[0] != wanted[1]:
         raise ValueError("opt_state: expected the state of this optimizer, got one of another structure")
     _check_known(opt_state)
+    _check_precision(params, opt_state)
     found = _respond(optimizer, loss, opt_state, params, batch)
     _check_values(found, loss, params, batch)
     op = LinearOperator(_Alternating(loss), params, (batch, jax.tree.map(jnp.sqrt, found.response), found.decay))
@@ -218,6 +220,14 @@ def _check_known(opt_state: Any) -> None:
         )
 
 
+def _check_precision(params: ArrayTree, opt_state: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "opt_state": opt_state}):
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).eps > jnp.finfo(jnp.float32).eps:
+            name = f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
+            raise TypeError(f"{name}: a limit needs float32 or float64, got {dtype}, in which momentum is rounded off")
+
+
 class _Response(NamedTuple):
     """R and D; η, and by how much it differs between elements; the share of the next update that is not linear."""
 
@@ -315,7 +325,7 @@ def _rate(update: Update, opt_state: Any, params: ArrayTree) -> tuple[Array, Arr
         return jax.tree.map(average, linear(0, 1, 0)[1][0], steady, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
 
     # Twice, so that what is no root of a second moment, or not corrected yet, shows.
-    rates, others = at(2.0**64, 2**30), at(2.0**60, 2**29)
+    rates, others = at(2.0**48, 2**30), at(2.0**44, 2**29)
     rate = jnp.stack([x.max() for x in jax.tree.leaves(rates)]).max()
     differ = lambda x: jnp.where(x == 0, 0, jnp.abs(x - rate)).max()
     return rate, jnp.stack([differ(x) for x in jax.tree.leaves((rates, others))]).max()
@@ -346,7 +356,7 @@ def _check_values(found: _Response, loss: Loss, params: ArrayTree, batch: ArrayT
         )
     if not any((x != 0).any() for x in response):
         raise ValueError(
-            "optimizer: its rate is 0 in this state (a schedule's start?), and no multiple of it is a limit"
+            "optimizer: its rate is 0 in this state (a schedule's start or end?), and no multiple of it is a limit"
         )
     if not all(jnp.isfinite(x).all() for x in (*response, *jax.tree.leaves(found.decay))):
         raise ValueError("opt_state: its averages are not corrected yet (a count of 0); train for some steps first")

@@ -62,10 +62,9 @@ def test_it_is_where_the_map_of_second_moments_passes_one(x64):
     assert radius(limit * (1 - 1e-5)) < 1 < radius(limit * (1 + 1e-5))
 
 
-@pytest.mark.parametrize("sizes", [(6, 10), (30, 10)])
-def test_gauss_newton_blocks_from_rows_and_from_their_gram_matrix(x64, sizes):
-    """A softmax regression of 3 classes is linear in its params: Gauss–Newton and Hessian are the same there."""
-    n, _ = sizes
+@pytest.mark.parametrize("n", [4, 6])
+def test_gauss_newton_blocks_from_rows_and_from_their_gram_matrix(x64, n):
+    """A softmax regression of 3 classes is linear in its 15 params: Gauss–Newton and Hessian are the same there."""
     model = nn.dense(3)
     params = model.init(jax.random.key(0), (4,))
     loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
@@ -76,7 +75,6 @@ def test_gauss_newton_blocks_from_rows_and_from_their_gram_matrix(x64, sizes):
     one = lambda x, w: loss(jax.tree.map(lambda p, q: p + q, params, w), (x[0][None], x[1][None]))
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     blocks = [jax.hessian(lambda w, x=x: one(x, unravel(w)))(0 * flat) for x in zip(*batch, strict=True)]
-    # 15 params are 225 rows of the dense matrices; their null space is that of the softmax.
     np.testing.assert_allclose(exact[0], dense_limit(np.array(blocks), 1, True), rtol=2e-6)
 
 
@@ -220,7 +218,7 @@ def test_bad_input(x64):
         sgd_maximal(lambda w, b: -squares(w, b), params, factors, 1, replace=True)
     with pytest.raises(ValueError, match="not positive"):
         sgd_maximal(lambda w, b: jnp.mean(b) * jnp.sum(w), params, factors, 1, replace=True)
-    with pytest.raises(ValueError, match="not finite: params"):
+    with pytest.raises(ValueError, match="not finite: loss, params"):
         sgd_maximal(squares, jnp.array([jnp.nan, 0]), factors, 1, replace=True)
     with pytest.raises(ValueError, match="mean of their own losses"):
         sgd_maximal(lambda w, b: 5 * squares(w, b) * len(b), params, factors, 1, replace=True)

@@ -151,6 +151,15 @@ def test_single_precision_and_a_warm_start():
     np.testing.assert_allclose(cold.rate, 1e-3, rtol=1e-5)
 
 
+def test_single_precision_compiles_to_the_same_rate_behind_a_clip_that_is_not_in_force():
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), _params())
+    for clip in (optax.identity(), optax.clip_by_global_norm(1e3)):
+        optimizer = optax.chain(clip, optax.adam(1e-3))
+        state = _with_moments(optimizer.init(params), jax.tree.map(np.float32, MOMENTS), 7)
+        found = stability(optimizer, state, quadratic, params, BATCH, key=KEY, tol=1e-5)
+        np.testing.assert_allclose(found.rate, 1e-3, rtol=1e-5)
+
+
 SCHEDULE = optax.piecewise_constant_schedule(0.1, {2: 0.25})
 
 
@@ -243,6 +252,14 @@ def test_a_preconditioner_that_is_no_root_needs_its_rate_named(x64):
                 limit()
         else:
             np.testing.assert_allclose(limit(), 38 / largest, rtol=1e-7)
+
+
+@pytest.mark.parametrize("half", ["params", "momentum"])
+def test_half_precision_is_refused(half):
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16 if half == "params" else jnp.float32), _params())
+    optimizer = optax.sgd(0.1, momentum=0.9, accumulator_dtype=jnp.bfloat16)
+    with pytest.raises(TypeError, match="float32 or float64, got bfloat16"):
+        stability_limit(optimizer, optimizer.init(params), quadratic, params, BATCH, key=KEY)
 
 
 def test_bad_arguments():
