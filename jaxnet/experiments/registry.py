@@ -4,11 +4,49 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from jaxnet.experiments import backprop, inference, one_dimension, one_epoch, overfitting, two_gaussians
+from jaxnet.experiments import (
+    backprop,
+    batch_size,
+    catapult,
+    centring,
+    edge_of_stability,
+    inference,
+    learning_rate_sweep,
+    local_minima,
+    noise_floor,
+    one_dimension,
+    one_epoch,
+    online_sharpness,
+    overfitting,
+    path,
+    redundancy,
+    second_order,
+    stochastic_vs_batch,
+    two_gaussians,
+)
 from jaxnet.experiments.task import check_seed, known
 from jaxnet.record import Record
 
-_MODULES = (inference, backprop, one_dimension, two_gaussians, one_epoch, overfitting)
+_MODULES = (
+    inference,
+    backprop,
+    one_dimension,
+    two_gaussians,
+    path,
+    centring,
+    one_epoch,
+    redundancy,
+    noise_floor,
+    batch_size,
+    local_minima,
+    second_order,
+    stochastic_vs_batch,
+    learning_rate_sweep,
+    online_sharpness,
+    edge_of_stability,
+    catapult,
+    overfitting,
+)
 _BY_NAME = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 
 

@@ -25,7 +25,7 @@ from jaxnet.per_example import check_independent, gradients
 _LARGEST = 4096
 # How many numbers the products of a chunk of examples with M are.
 _AT_ONCE = 2**22
-# Gradient noise against the mean gradient's square: at a minimum it is at least so much larger.
+# At a minimum |ḡ|² is at most this share of the mean of |g_n|².
 _AT_MINIMUM = 1e-6
 
 

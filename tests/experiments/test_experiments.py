@@ -1,4 +1,5 @@
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -8,9 +9,12 @@ from jaxnet import experiments
 NAMES = ["inference", "backprop", "one_dimension", "two_gaussians", "one_epoch", "overfitting"]
 
 
-def test_names():
-    assert experiments.names() == NAMES
-    assert all(experiments.question(name).endswith("?") for name in NAMES)
+def test_every_experiment_has_a_question_and_a_test():
+    names = experiments.names()
+    assert set(NAMES) < set(names)
+    assert all(experiments.question(name).endswith("?") for name in names)
+    here = pathlib.Path(__file__).parent
+    assert all((here / f"test_{name}.py").exists() for name in set(names) - set(NAMES))
 
 
 @pytest.mark.parametrize("name", NAMES)

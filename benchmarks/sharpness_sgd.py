@@ -1,0 +1,118 @@
+"""`sharpness_sgd`, untuned, against the best constant rate of a 40-point sweep: an MLP, full batch.
+
+The sweep's best rate after 300 gradients sets the loss to reach. What `sharpness_sgd` spends on it is counted in
+gradients, its Hessian products at the price measured here, and given as a share of 300.
+"""
+
+import functools
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.timing import Row, side_by_side
+from jaxnet import curvature, data, losses, nn, training
+from jaxnet.learning_rate import sharpness_sgd
+from jaxnet.record import Panel, Series
+
+SEEDS = range(5)
+STEPS, MOST = 300, 900
+FRACTIONS = (0.5, 1.0, 1.5, 1.9)
+DEFAULT = 1.9
+MODEL = nn.mlp([128, 128, 10], activation=jnp.tanh)
+PROBLEMS = {
+    "digits, cross-entropy": (data.digits, losses.softmax_cross_entropy),
+    "digits, squared error": (data.digits, losses.squared_error),
+    "mnist1d, cross-entropy": (data.mnist1d, losses.softmax_cross_entropy),
+    "mnist1d, squared error": (data.mnist1d, losses.squared_error),
+}
+CURVES = {}
+
+
+def run():
+    rows = []
+    for name, (load, criterion) in PROBLEMS.items():
+        inputs, labels = load()
+        batch = inputs, labels if criterion is losses.softmax_cross_entropy else jax.nn.one_hot(labels, 10)
+        loss = losses.mean_loss(MODEL.apply, criterion)
+        price = product_price(loss, MODEL.init(jax.random.key(0), inputs.shape[1:]), batch)
+        ratios, diverged = {fraction: [] for fraction in FRACTIONS}, 0
+        for seed in SEEDS:
+            params = MODEL.init(jax.random.key(seed), inputs.shape[1:])
+            best = best_constant(loss, params, batch)
+            for fraction in FRACTIONS:
+                values, products = map(np.asarray, follow(loss, params, batch, fraction, jax.random.key(seed)))
+                diverged += not np.isfinite(values).all() or values.max() > 2 * values[0]
+                cost = np.arange(MOST) + price * products
+                reached = values <= best[-1]
+                ratios[fraction].append(cost[np.argmax(reached)] / STEPS if reached.any() else np.inf)
+                if seed == 0:
+                    CURVES.setdefault(name, {"best constant rate": (np.arange(len(best)), best)})
+                    CURVES[name][f"fraction {fraction}"] = (cost, values)
+        of_default = ratios[DEFAULT]
+        rows.append(
+            Row(f"{name}: cost to the loss / {STEPS} gradients, median", statistics.median(of_default), 2, False, {})
+        )
+        rows.append(Row(f"{name}: the same, worst of {len(SEEDS)} seeds", max(of_default), 2, False, {}))
+        rows.append(Row(f"{name}: runs that diverged, of {len(SEEDS) * len(FRACTIONS)}", diverged, 0, False, {}))
+        rows += [
+            Row(f"{name}: median at fraction {fraction}", statistics.median(ratios[fraction]), np.inf, False, {})
+            for fraction in FRACTIONS[:-1]
+        ]
+        rows.append(Row(f"{name}: the sweep's own cost / {STEPS} gradients", 40, np.inf, False, {}))
+        rows.append(Row(f"{name}: price of a Hessian product in gradients", price, 2, False, {}))
+    return rows
+
+
+def product_price(loss, params, batch):
+    gradient = jax.jit(jax.grad(loss))
+    product = jax.jit(lambda p, b, v: curvature.hessian(loss, p, b)(v))
+    times = side_by_side(
+        {"gradient": lambda: gradient(params, batch), "product": lambda: product(params, batch, params)}, repeats=31
+    )
+    return times["product"] / times["gradient"]
+
+
+def best_constant(loss, params, batch):
+    """The losses along the run of the rate that ends lowest after 300 gradients, of 40 from .02/λ to 40/λ."""
+    value = curvature.sharpness(loss, params, batch, key=jax.random.key(0)).value
+    results = training.sweep(
+        loss, params, batch, optax.sgd, learning_rates=np.geomspace(0.02, 40, 40) / float(value), batch_size=None,
+        num_epochs=STEPS + 1, key=jax.random.key(0),
+    )  # fmt: skip
+    runs = [r.history.step_loss[:, 0] for r in results if len(r.history.step_loss) > STEPS]
+    return min((run for run in runs if np.isfinite(run).all()), key=lambda run: run[-1])
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "fraction"))
+def follow(loss, params, batch, fraction, key):
+    """The loss before each step, and the products spent by then."""
+    optimizer = sharpness_sgd(key=key, fraction=fraction)
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, state = optimizer.update(grads, state, params, value_fn=lambda p: loss(p, batch))
+        return (optax.apply_updates(params, updates), state), (value, state[0].num_matvecs)
+
+    values, products = jax.lax.scan(step, (params, optimizer.init(params)), None, length=MOST)[1]
+    return values, jnp.append(0, products[:-1])
+
+
+def panels():
+    return [
+        Panel(
+            name=name.replace(", ", "-").replace(" ", "-"),
+            title=f"{name}: untuned, against the best of 40 constant rates",
+            xlabel="gradients of the full batch, products at their price",
+            ylabel="loss",
+            series=[
+                Series(label, x, np.minimum.accumulate(y), *(("dashed", 6) if "best" in label else ("line", i)))
+                for i, (label, (x, y)) in enumerate(curves.items())
+            ],
+            yscale="log",
+        )
+        for name, curves in CURVES.items()
+    ]  # fmt: skip
