@@ -39,7 +39,9 @@ def test_analyse_writes_a_record_and_figures(small):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no bar where there is no terminal
     names = {"record.json", "loss_against_epoch.png", "sharpness_along_training.png", "loss_against_rate.png"}
-    assert names | {"stability_against_rate.png"} == {path.name for path in folder.iterdir()}
+    assert names | {"stability_against_rate.png", "rate_against_batch_size.png"} == {
+        path.name for path in folder.iterdir()
+    }
     found = json.loads((folder / "record.json").read_text())
     assert found["seed"] == 3
     assert found["config"]["data"] == "two-gaussians"
@@ -215,7 +217,11 @@ def test_doctor():
 def test_ctrl_c_leaves_what_is_finished(tmp_path):
     out = tmp_path / "out"
     arguments = ["experiment", "all", "--out", str(out)]
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore the signal, and a process inherits that.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    )
     deadline = time.time() + 120
     while not (out / "inference" / "activations.png").exists() and time.time() < deadline:
         time.sleep(0.05)
