@@ -218,10 +218,9 @@ def test_ctrl_c_leaves_what_is_finished(tmp_path):
     out = tmp_path / "out"
     arguments = ["experiment", "all", "--out", str(out)]
     # A shell's background jobs ignore the signal, and a process inherits that.
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
-    )
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    program = [sys.executable, "-c", heed + "from jaxnet.__main__ import main; main()"]
+    process = subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not (out / "inference" / "activations.png").exists() and time.time() < deadline:
         time.sleep(0.05)
