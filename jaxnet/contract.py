@@ -82,8 +82,14 @@ def not_finite(**trees: ArrayTree) -> list[str]:
     """The names of the leaves that hold a NaN or an infinity; for values at hand, not for tracers."""
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     inexact = [(path, leaf) for path, leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
-    bad = [path for path, leaf in inexact if not jnp.isfinite(leaf).all()]
+    finite = jax.device_get(_finite([leaf for _, leaf in inexact]))
+    bad = [path for (path, _), holds in zip(inexact, finite, strict=True) if not holds]
     return [f"{path[0].key}{jax.tree_util.keystr(path[1:])}" for path in bad]
+
+
+@jax.jit
+def _finite(leaves: list[Array]) -> list[Array]:
+    return [jnp.isfinite(x).all() for x in leaves]
 
 
 def is_stream(batch: Any) -> bool:

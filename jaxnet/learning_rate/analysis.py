@@ -149,8 +149,11 @@ class Analysis:
                 float(self.noise.value),
                 f"± {float(self.noise.standard_error):.2g}, {simple}",
             ),
-            ("B_noise = tr(HΣ)/g·Hg", float(self.curvature.noise_scale), "noise scale weighted by curvature"),
-            ("B_crit", float(self.critical_batch_size), "critical batch size: larger ones buy little"),
+            (
+                "B_noise = tr(HΣ)/g·Hg",
+                float(self.curvature.noise_scale),
+                "the critical batch size: larger ones buy little",
+            ),
             ("η_max at B = 1", float(self.limit(1)), "stochastic, along the sharpest direction: no more is stable"),
         ]
 

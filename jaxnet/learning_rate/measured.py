@@ -1,6 +1,9 @@
 """Where training really loses stability, found from gradients alone on a ladder of rates."""
 
 import dataclasses
+import functools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,13 +14,12 @@ from jax.typing import ArrayLike
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.curvature import lanczos
 from jaxnet.training.program import MakeOptimizer
 
 # The oscillation's growth is taken from so many steps: what negative curvature makes of rounding errors stays small.
 _STEPS = 12
 _FILTER_STEPS = 100
-# Of the start from ω₀, relative, in units of √(rounding), where truncation and rounding errors meet.
-_DISTANCE = 0.3
 
 
 @jax.tree_util.register_dataclass
@@ -106,17 +108,10 @@ def measure_limits(
     dtype = jnp.result_type(*jax.tree.leaves(params))
     if jnp.finfo(dtype).eps > jnp.finfo(jnp.float32).eps:
         raise TypeError(f"params: the differences of gradients need float32 or float64, got {dtype}")
+    contract.check(loss, params, batch)
     along, plain = _ladder(
-        loss,
-        params,
-        batch,
-        jnp.asarray(values, dtype),
-        jax.random.split(key, num_starts),
-        opt_state,
-        make_optimizer=make_optimizer,
-        num_steps=num_steps,
+        loss, params, batch, values.tolist(), jax.random.split(key, num_starts), make_optimizer, opt_state, num_steps
     )
-    along, plain = np.asarray(along, np.float64), np.asarray(plain)
     growth, at_minus_one = _growth(along, float(jnp.finfo(dtype).eps))
     limits = np.array([_crossing(values, *rows) for rows in zip(growth, at_minus_one, strict=True)])
     failed = ~(plain[:, -1] < plain[:, 0])
@@ -128,72 +123,102 @@ def measure_limits(
     )  # fmt: skip
 
 
-@jax.jit(static_argnames=("loss", "make_optimizer", "num_steps"))
+def starting_distance(params: ArrayTree) -> Array:
+    """How far from ω₀ gradients are told apart best: .3 √(rounding) of its length, where the two errors meet."""
+    dtype = jnp.result_type(*jax.tree.leaves(params))
+    return 0.3 * jnp.finfo(dtype).eps ** 0.5 * jnp.maximum(optax.tree.norm(params), 1)
+
+
 def _ladder(
     loss: Loss,
     params: ArrayTree,
     batch: ArrayTree,
-    rates: Array,
+    rates: list[float],
     keys: Array,
-    opt_state: Any,
-    *,
     make_optimizer: MakeOptimizer,
+    opt_state: Any,
     num_steps: int,
-) -> tuple[Array, Array]:
-    """The starts' components along themselves, (D, R, steps), and plain training's losses, (R, T + 1)."""
-    contract.check(loss, params, batch)
-    gradient = jax.grad(loss)
-    at_start = gradient(params, batch)
-    size = jnp.maximum(optax.tree.norm(params), 1)
-    distance = _DISTANCE * jnp.finfo(rates.dtype).eps ** 0.5
-    middle = jnp.exp(jnp.mean(jnp.log(rates)))
+) -> tuple[np.ndarray, np.ndarray]:
+    """The starts' components along themselves, (D, R, steps), and plain training's losses, (R, T + 1).
 
-    def begin(rate: Array) -> tuple[Any, Any]:
-        optimizer = optax.with_extra_args_support(make_optimizer(rate))
-        return optimizer.update, optimizer.init(params) if opt_state is None else opt_state
+    Stepped from here and not by compiled loops: so the network compiles once, for all walks, rates and optimizers.
+    """
+    slope = functools.partial(_slope, loss, params, batch)
+    at_rest, _ = _begin(make_optimizer, 1.0, params)
+    _, tilt = slope(at_rest, at_rest)
 
-    def tilted(d: ArrayTree) -> ArrayTree:
-        moved = optax.tree.add(params, d)
-        return optax.tree.sub(gradient(moved, batch), at_start)
-
-    def resized(d: ArrayTree) -> ArrayTree:
-        return optax.tree.scale(distance * size / optax.tree.norm(d), d)
+    def state_at(rate: float) -> Any:
+        return _begin(make_optimizer, rate, params)[1] if opt_state is None else opt_state
 
     def filtered(key: Array) -> ArrayTree:
-        update, state = begin(middle / 2)
-        ascend = lambda _, d: resized(optax.tree.sub(d, update(tilted(d), state, params)[0]))
-        start = resized(optax.tree.random_like(key, params, jax.random.normal))
-        return jax.lax.fori_loop(0, _FILTER_STEPS, ascend, start)
+        rate = math.exp(np.log(rates).mean()) / 2
+        d, state = _start(params, key), state_at(rate)
+        for _ in range(_FILTER_STEPS):
+            d = _uphill(make_optimizer, rate, params, d, slope(d, tilt)[1], state)
+        return d
 
-    def beside(start: ArrayTree, rate: Array) -> Array:
-        update, state = begin(rate)
+    def walk(d: ArrayTree, tilt: ArrayTree, rate: float, num_steps: int) -> Iterator[tuple[ArrayTree, Array]]:
+        state = state_at(rate)
+        for _ in range(num_steps + 1):
+            value, gradient = slope(d, tilt)
+            yield d, value
+            d, state = _downhill(make_optimizer, rate, params, d, gradient, state)
 
-        def step(carry: tuple[ArrayTree, Any], _: None) -> tuple[tuple[ArrayTree, Any], Array]:
-            d, state = carry
-            updates, state = update(tilted(d), state, params)
-            return (optax.tree.add(d, updates), state), optax.tree.vdot(d, start)
+    starts = [filtered(key) for key in keys]
+    along = [[[_vdot(d, start) for d, _ in walk(start, tilt, rate, _STEPS)] for rate in rates] for start in starts]
+    plain = [[value for _, value in walk(at_rest, at_rest, rate, num_steps)] for rate in rates]
+    return np.array(jax.device_get(along)), np.array(jax.device_get(plain))
 
-        return jax.lax.scan(step, (start, state), None, length=_STEPS + 1)[1]
 
-    def plainly(rate: Array) -> Array:
-        update, state = begin(rate)
+_vdot = jax.jit(optax.tree.vdot)
 
-        def step(carry: tuple[ArrayTree, Any], _: None) -> tuple[tuple[ArrayTree, Any], Array]:
-            p, state = carry
-            value, grad = jax.value_and_grad(loss)(p, batch)
-            updates, state = update(grad, state, p)
-            return (optax.apply_updates(p, updates), state), value
 
-        (last, _), values = jax.lax.scan(step, (params, state), None, length=num_steps)
-        return jnp.append(values, loss(last, batch))
+@jax.jit(static_argnames="make_optimizer")
+def _begin(make_optimizer: MakeOptimizer, rate: float, params: ArrayTree) -> tuple[ArrayTree, Any]:
+    """δ = 0 and a fresh state."""
+    return optax.tree.zeros_like(params), make_optimizer(rate).init(params)
 
-    starts = jax.lax.map(filtered, keys)
-    along = jax.lax.map(lambda start: jax.vmap(lambda rate: beside(start, rate))(rates), starts)
-    return along, jax.vmap(plainly)(rates)
+
+@jax.jit
+def _start(params: ArrayTree, key: Array) -> ArrayTree:
+    return _resized(params, lanczos.random_like(key, params))
+
+
+@jax.jit(static_argnames="loss")
+def _slope(loss: Loss, params: ArrayTree, batch: ArrayTree, d: ArrayTree, tilt: ArrayTree) -> tuple[Array, ArrayTree]:
+    """E at ω₀ + δ, and the gradient of E(ω) − ⟨tilt, ω⟩."""
+    value, gradient = jax.value_and_grad(loss)(optax.tree.add(params, d), batch)
+    return value, optax.tree.sub(gradient, tilt)
+
+
+@jax.jit(static_argnames="make_optimizer")
+def _downhill(
+    make_optimizer: MakeOptimizer, rate: float, params: ArrayTree, d: ArrayTree, gradient: ArrayTree, state: Any
+) -> tuple[ArrayTree, Any]:
+    """δ after a step, and the optimizer's state."""
+    update = optax.with_extra_args_support(make_optimizer(rate)).update
+    updates, state = update(gradient, state, optax.tree.add(params, d))
+    return optax.apply_updates(d, updates), state
+
+
+@jax.jit(static_argnames="make_optimizer")
+def _uphill(
+    make_optimizer: MakeOptimizer, rate: float, params: ArrayTree, d: ArrayTree, gradient: ArrayTree, state: Any
+) -> ArrayTree:
+    """δ after a step the other way, at its old length."""
+    updates, _ = optax.with_extra_args_support(make_optimizer(rate)).update(gradient, state, params)
+    return _resized(params, optax.tree.sub(d, updates))
+
+
+def _resized(params: ArrayTree, d: ArrayTree) -> ArrayTree:
+    return optax.tree.scale(starting_distance(params) / optax.tree.norm(d), d)
 
 
 def _growth(along: np.ndarray, rounding: float) -> tuple[np.ndarray, np.ndarray]:
-    """The larger root of z² − az − b, in size, and that polynomial at −1, through which the root leaves."""
+    """The larger root of z² − az − b, in size, and that polynomial at −1, through which the root leaves.
+
+    Without momentum there is one root alone, z − a, and its polynomial is taken.
+    """
     growth, at_minus_one = np.full((2, *along.shape[:-1]), np.nan)
     for index in np.ndindex(growth.shape):
         s = along[index] / along[index][0]
@@ -203,16 +228,19 @@ def _growth(along: np.ndarray, rounding: float) -> tuple[np.ndarray, np.ndarray]
         s = s[: min(stop, int(np.argmax(np.append(np.abs(s), 0) < 1e-4)))]
         if len(s) < 4:
             continue
-        (a, b), *_ = np.linalg.lstsq(np.stack([s[1:-1], s[:-2]], axis=1), s[2:], rcond=max(1e-3, 30 * rounding**0.5))
+        (a, b), _, rank, _ = np.linalg.lstsq(
+            np.stack([s[1:-1], s[:-2]], axis=1), s[2:], rcond=max(1e-3, 30 * rounding**0.5)
+        )
         roots = np.roots([1, -a, -b])
         largest = roots[np.argmax(np.abs(roots))]
         if largest.real < 0:
-            growth[index], at_minus_one[index] = np.abs(largest), 1 + a - b
+            growth[index] = np.abs(largest)
+            at_minus_one[index] = 1 + a - b if rank == 2 else 1 - np.abs(largest)
     return growth, at_minus_one
 
 
 def _crossing(rates: np.ndarray, growth: np.ndarray, at_minus_one: np.ndarray) -> float:
-    """Where the growth passes 1, between two rates that oscillate: the polynomial at −1 is linear in η, or nearly."""
+    """Where the growth passes 1, between two rates that oscillate: the polynomial at −1 is linear in η."""
     for i in range(len(rates) - 1):
         if growth[i] <= 1 < growth[i + 1]:
             low, high = at_minus_one[i : i + 2]

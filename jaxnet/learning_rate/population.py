@@ -13,12 +13,11 @@ from jax import lax
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.data.orders import check_batch_size
+from jaxnet.learning_rate.measured import starting_distance
 
 Follow = Callable[[Array, Array], tuple[Array, Array]]
 """``follow(factors, u) -> (log of the growth, whom to follow)``: factors of |δ|² in a step, and u uniform in [0, 1)."""
 
-# Of the start from ω₀, relative, in units of √(rounding), where truncation and rounding errors meet.
-_DISTANCE = 0.3
 # Steps uphill before the first: flat directions, in which δ neither grows nor dies, would hide for long what grows.
 _UPHILL = 20
 
@@ -115,10 +114,8 @@ def measure_sgd_limit(
     if not 0 < highest < np.inf:
         raise ValueError(f"highest: expected a positive and finite rate, got {highest}")
     # The same draws at each rate: the growth is then a smooth function of it.
-    draws = _draw(
-        params, jax.random.split(key, num_repeats), contract.num_examples(data), batch_size, replace, num_particles,
-        _UPHILL + num_steps,
-    )  # fmt: skip
+    shape = num_repeats, _UPHILL + num_steps, num_particles
+    draws = _draw(params, key, contract.num_examples(data), batch_size, replace, shape)
     low, high = np.zeros(num_repeats), np.full(num_repeats, float(highest))
     rates, growth = [], []
     for _ in range(num_halvings):
@@ -139,31 +136,23 @@ class _Draws(NamedTuple):
     u: Array
 
 
-@jax.jit(static_argnums=(2, 3, 4, 5, 6))
-def _draw(params: ArrayTree, keys: Array, n: int, size: int, replace: bool, particles: int, steps: int) -> _Draws:
-    def rows(key: Array) -> Array:
-        if replace:
-            return jax.random.randint(key, (particles, size), 0, n, jnp.int32)
-        permuted = lambda key: jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))[:size]
-        return jax.vmap(permuted)(jax.random.split(key, particles))
-
-    def of_repeat(key: Array) -> _Draws:
-        start_key, rows_key, u_key = jax.random.split(key, 3)
-        start = lambda key: optax.tree.random_like(key, params, jax.random.normal)
-        return _Draws(
-            jax.vmap(start)(jax.random.split(start_key, particles)),
-            lax.map(rows, jax.random.split(rows_key, steps)),
-            jax.random.uniform(u_key, (steps,)),
-        )
-
-    return jax.vmap(of_repeat)(keys)
+def _draw(params: ArrayTree, key: Array, n: int, size: int, replace: bool, shape: tuple[int, int, int]) -> _Draws:
+    # By NumPy: the shapes are new at each call, and JAX takes far longer to compile a generator than to run it.
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    repeats, steps, particles = shape
+    if replace:
+        rows = rng.integers(n, size=(*shape, size), dtype=np.int32)
+    else:
+        permuted = lambda: rng.permuted(np.tile(np.arange(n, dtype=np.int32), (particles, 1)), axis=1)[:, :size]
+        rows = np.stack([permuted() for _ in range(repeats * steps)]).reshape(*shape, size)
+    start = lambda x: rng.normal(size=(repeats, particles, *np.shape(x))).astype(jnp.result_type(x))
+    return _Draws(*jax.device_put((jax.tree.map(start, params), rows, rng.uniform(size=(repeats, steps)))))
 
 
 @jax.jit(static_argnames=("loss", "follow"))
 def _log_growth(loss: Loss, params: ArrayTree, data: ArrayTree, rates: Array, draws: _Draws, follow: Follow) -> Array:
     """The log of the factor a step of |δ|², for each repeat at its rate."""
-    dtype = jnp.result_type(*jax.tree.leaves(params))
-    length = _DISTANCE * jnp.finfo(dtype).eps ** 0.5 * jnp.maximum(optax.tree.norm(params), 1)
+    length = starting_distance(params)
     gradient = jax.grad(loss)
 
     def resized(d: ArrayTree) -> tuple[ArrayTree, Array]:

@@ -117,9 +117,13 @@ def stability(
         raise ValueError("opt_state: expected the state of this optimizer, got one of another structure")
     _check_known(opt_state)
     _check_precision(params, opt_state)
-    found = _respond(optimizer, loss, opt_state, params, batch)
-    _check_values(found, loss, params, batch)
-    op = LinearOperator(_Alternating(loss), params, (batch, jax.tree.map(jnp.sqrt, found.response), found.decay))
+    value, grad = _value_and_grad(loss, params, batch)
+    where = contract.not_finite(params=params, batch=batch, loss=value)
+    if where:
+        raise ValueError(f"not finite: {', '.join(where)}")
+    found = _respond(optimizer, loss, opt_state, params, batch, value, grad)
+    _check_response(found)
+    op = LinearOperator(_Alternating(loss), params, (batch, found.root, found.decay))
     pairs = eigsh(op, tol=tol, key=key, v0=v0)
     top = float(pairs.values[0])
     if not top > 0:
@@ -229,10 +233,15 @@ def _check_precision(params: ArrayTree, opt_state: Any) -> None:
 
 
 class _Response(NamedTuple):
-    """R and D; η, and by how much it differs between elements; the share of the next update that is not linear."""
+    """√R and D; of R the least and the largest, and whether both are finite; η, and by how much it differs between
+    elements; the share of the next update that is not linear.
+    """
 
-    response: ArrayTree
+    root: ArrayTree
     decay: ArrayTree
+    least: Array
+    largest: Array
+    finite: Array
     rate: Array
     spread: Array
     nonlinear: Array
@@ -242,11 +251,22 @@ Update = Callable[[Any, Any, Any], tuple[Any, Any]]
 Linear = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
+@jax.jit(static_argnames="loss")
+def _value_and_grad(loss: Loss, params: ArrayTree, batch: ArrayTree) -> tuple[Array, ArrayTree]:
+    """Compiled apart from what differs with the optimizer."""
+    return jax.value_and_grad(loss)(params, batch)
+
+
 @jax.jit(static_argnames=("optimizer", "loss"))
 def _respond(
-    optimizer: optax.GradientTransformation, loss: Loss, opt_state: Any, params: ArrayTree, batch: ArrayTree
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    opt_state: Any,
+    params: ArrayTree,
+    batch: ArrayTree,
+    value: Array,
+    grad: ArrayTree,
 ) -> _Response:
-    value, grad = jax.value_and_grad(loss)(params, batch)
     extended = optax.with_extra_args_support(optimizer)
 
     def update(g: ArrayTree, state: Any, p: ArrayTree) -> tuple[ArrayTree, Any]:
@@ -258,9 +278,13 @@ def _respond(
     if len(injected) == 1:
         rate, spread = injected[0].astype(rate.dtype), jnp.zeros_like(spread)
     linear = _linearise(update, _held(update, _map("counts", lambda t: t - 1, opt_state), opt_state, params), params)
+    response, decay = optax.tree.scale(-1, (_driven(linear, -1, 1, 0), _driven(linear, -1, 0, 1)))
     return _Response(
-        response=optax.tree.scale(-1, _driven(linear, -1, 1, 0)),
-        decay=optax.tree.scale(-1, _driven(linear, -1, 0, 1)),
+        root=jax.tree.map(jnp.sqrt, response),
+        decay=decay,
+        least=optax.tree.min(response),
+        largest=optax.tree.max(response),
+        finite=jnp.isfinite(optax.tree.sum((response, decay))),
         rate=rate,
         spread=spread,
         nonlinear=_nonlinear(update, opt_state, params, grad),
@@ -343,24 +367,20 @@ def _nonlinear(update: Update, opt_state: Any, params: ArrayTree, grad: ArrayTre
     return jnp.stack(apart).max() / jnp.where(size == 0, 1, size)
 
 
-def _check_values(found: _Response, loss: Loss, params: ArrayTree, batch: ArrayTree) -> None:
-    where = contract.not_finite(params=params, batch=batch, loss=loss(params, batch))
-    if where:
-        raise ValueError(f"not finite: {', '.join(where)}")
-    response = jax.tree.leaves(found.response)
+def _check_response(found: _Response) -> None:
     tolerance = float(jnp.finfo(found.rate.dtype).eps) ** 0.5
     if not found.nonlinear <= tolerance:
         raise ValueError(
             "optimizer: its update is not linear in the gradient here (is clipping in force, does it take a sign, or "
             "divide by a norm?), so it has no limit of this kind; find where it fails by learning_rate.range_test"
         )
-    if not any((x != 0).any() for x in response):
+    if found.least == found.largest == 0:
         raise ValueError(
             "optimizer: its rate is 0 in this state (a schedule's start or end?), and no multiple of it is a limit"
         )
-    if not all(jnp.isfinite(x).all() for x in (*response, *jax.tree.leaves(found.decay))):
+    if not found.finite:
         raise ValueError("opt_state: its averages are not corrected yet (a count of 0); train for some steps first")
-    if not all((x >= 0).all() for x in response):
+    if found.least < 0:
         raise ValueError("optimizer: its update goes up the gradient; is the sign of the rate right?")
     if not found.spread <= 1e-3 * found.rate:
         raise ValueError(
