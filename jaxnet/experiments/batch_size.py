@@ -10,7 +10,7 @@ import optax
 
 from jaxnet import data, learning_rate, losses, nn, training
 from jaxnet.contract import Array
-from jaxnet.experiments.two_gaussians import WITH_BIAS
+from jaxnet.experiments.two_gaussians import WITH_BIAS, minimum_with_bias
 from jaxnet.learning_rate import NoisyCurvature
 from jaxnet.record import Claim, Line, Panel, Record, Series, close, within
 
@@ -196,7 +196,7 @@ def _alike(seed: int, rate: float = 0.2, size: int = 10, num_runs: int = 400) ->
     """A neuron on the two Gaussians: the excess loss kept by batches of ten examples, and of one example ten times."""
     with jax.enable_x64(True):
         batch = data.two_gaussians_exact()
-        minimum = _minimum(batch)
+        minimum = minimum_with_bias(batch)
         floor = WITH_BIAS(minimum, batch)
         keys = jax.random.split(jax.random.key(seed), num_runs)
         found, claims = {}, []
@@ -211,13 +211,6 @@ def _alike(seed: int, rate: float = 0.2, size: int = 10, num_runs: int = 400) ->
         difference = abs(found["copies"]["mean"] - found["one"]["mean"])
         claims.append(close("copies add nothing: their excess less that of one", 0.0, difference, 1e-12))
     return found, claims
-
-
-def _minimum(batch: Any) -> Any:
-    inputs, targets = batch
-    rows = jnp.column_stack([inputs, jnp.ones(len(inputs))])
-    *kernel, bias = jnp.linalg.lstsq(rows, targets)[0]
-    return {"kernel": jnp.stack(kernel)[:, None], "bias": bias[None]}
 
 
 @functools.partial(jax.jit, static_argnames=("distinct", "copies"))

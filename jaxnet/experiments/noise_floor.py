@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnet import data, losses, nn, training
+from jaxnet import data, training
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.data import Order
+from jaxnet.experiments.two_gaussians import WITH_BIAS as LOSS
+from jaxnet.experiments.two_gaussians import minimum_with_bias
 from jaxnet.learning_rate import SgdLimit, measure_sgd_limit, one_by_one, sgd_maximal, stationary_excess
 from jaxnet.record import Claim, Line, Panel, Record, Series, above, below, within
 from jaxnet.training.program import MakeOptimizer
 
 QUESTION = "Stochastic descent keeps bouncing: how high at each rate and batch size, and up to which rate at all?"
 
-LOSS = losses.mean_loss(nn.linear_neuron().apply, losses.squared_error)
 BATCH_SIZES = (1, 2, 4, 10)
 # Of each batch size's limit. The square of the excess has a mean up to .87 of it: near that, no average settles.
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)
@@ -47,7 +48,7 @@ def _run(
     seed: int, num_examples: int, num_steps: int, num_chains: int, num_particles: int, batch_sizes: tuple[int, ...]
 ) -> Record:
     batch = data.two_gaussians_exact(num_examples)
-    minimum = _minimum(batch)
+    minimum = minimum_with_bias(batch)
     limit_key, chain_key = jax.random.split(jax.random.key(seed))
     limits = [_limit(batch, minimum, size, num_particles, limit_key) for size in batch_sizes]
     chains = jax.random.split(chain_key, num_chains)
@@ -75,12 +76,6 @@ def _run(
         panels=[_descent_panel(descents), _plateau_panel(plateaus), _order_panel(plateaus), _growth_panel(limits)],
         rows=_rows(limits, plateaus),
     )
-
-
-def _minimum(batch: tuple[Array, Array]) -> ArrayTree:
-    inputs, targets = batch
-    w = jnp.linalg.lstsq(jnp.column_stack([inputs, jnp.ones_like(targets)]), targets)[0]
-    return {"kernel": w[:-1, None], "bias": w[-1:]}
 
 
 def _theory(batch: ArrayTree, minimum: ArrayTree, batch_size: int, rates: np.ndarray) -> np.ndarray:

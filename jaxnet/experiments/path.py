@@ -7,7 +7,7 @@ import optax
 
 from jaxnet import curvature, data, learning_rate, training
 from jaxnet.contract import Array
-from jaxnet.experiments.two_gaussians import weights_only
+from jaxnet.experiments.two_gaussians import minimum_of_weights, weights_only
 from jaxnet.record import Claim, Contours, Panel, Record, Series, below, close
 
 QUESTION = "How do too small, optimal and too large rates move over the level lines of E, for three batch sizes?"
@@ -85,9 +85,8 @@ def walk(start: Array, batch: Batch, rate: Array | float, rows: Array) -> Array:
 
 def _minimum(batch: Batch) -> tuple[Array, Array]:
     """ω* and the Hessian H."""
-    inputs, targets = batch
-    hessian = inputs.T @ inputs / len(inputs)
-    return jnp.linalg.solve(hessian, inputs.T @ targets / len(inputs)), hessian
+    inputs, _ = batch
+    return minimum_of_weights(batch), inputs.T @ inputs / len(inputs)
 
 
 def _excess(path: np.ndarray, batch: Batch) -> np.ndarray:

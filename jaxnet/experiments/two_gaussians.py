@@ -115,16 +115,24 @@ def _descend(loss: Any, params: Any, batch: Any, rate: float, num_steps: int) ->
 
 def _growth(loss: Any, params: Any, batch: Any, rate: float) -> float:
     """The factor a step of the excess loss E − E*, once its fastest mode is alone."""
-    floor = float(weights_only(_minimum(batch), batch))
+    floor = float(weights_only(minimum_of_weights(batch), batch))
     values = _descend(loss, params, batch, rate, 60)[1] - floor
     # On the way down, rounding of E* ends the ratio's meaning: take the last clear one.
     clear = np.flatnonzero(values > 1e-9 * max(values[0], floor))
     return float(values[clear[-1]] / values[clear[-1] - 1])
 
 
-def _minimum(batch: tuple[Array, Array]) -> Array:
+def minimum_of_weights(batch: tuple[Array, Array]) -> Array:
+    """Where `weights_only` is least."""
     inputs, targets = batch
     return jnp.linalg.solve(inputs.T @ inputs, inputs.T @ targets)
+
+
+def minimum_with_bias(batch: tuple[Array, Array]) -> dict[str, Array]:
+    """Where `WITH_BIAS` is least."""
+    inputs, targets = batch
+    weights = jnp.linalg.lstsq(jnp.column_stack([inputs, jnp.ones_like(targets)]), targets)[0]
+    return {"kernel": weights[:-1, None], "bias": weights[-1:]}
 
 
 def _growth_claims(kernel: Array, params: Any, batch: Any) -> list[Claim]:
@@ -163,7 +171,7 @@ def _stochastic(kernel: Array, batch: Any, key: Array) -> tuple[tuple[list[Any],
 
 
 def _path_panel(name: str, title: str, paths: dict[float, Any], batch: Any) -> Panel:
-    centre = np.asarray(_minimum(batch))
+    centre = np.asarray(minimum_of_weights(batch))
     across, up = np.linspace(-2.4, 2.4, 61) + centre[0], np.linspace(-2.4, 2.4, 61) + centre[1]
     grid = jnp.stack(jnp.meshgrid(jnp.asarray(across), jnp.asarray(up)), axis=-1)
     z = jax.vmap(jax.vmap(lambda w: weights_only(w, batch)))(grid)
