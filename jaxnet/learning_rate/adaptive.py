@@ -18,8 +18,6 @@ from jaxnet.curvature.eigsh import find, make_plan
 _TOLERANCE = 0.05
 # A gradient that has grown by this factor since the last check calls for another at once.
 _JUMP = 2.0
-# Curvature that falls is trusted up to this factor a check: a curve that is flat for a moment is soon steep again.
-_GROWTH = 2.0
 
 
 class ScaleBySharpnessState(NamedTuple):
@@ -61,8 +59,8 @@ def scale_by_sharpness(
 
     λ_max is found at the first update, at every ``every``-th after a check, and at once when the incoming updates are
     twice as long as at the last check; each time from the last eigenvector, which takes about 3 products. Between
-    checks η stays, and at a check it at most doubles. Where nothing curves upwards it stays too, and before any
-    curvature is seen it is fraction/|λ_max|, or 0 where that is 0 or not finite.
+    checks η stays. Where nothing curves upwards it stays too, and before any curvature is seen it is
+    fraction/|λ_max|, or 0 where that is 0 or not finite.
 
     It works in any loop that passes ``value_fn`` to ``update``, as optax's line searches want it, under `jax.jit` and
     in `lax.scan`: the loss as a function of the params, on the data whose curvature should decide. With a mini-batch's
@@ -113,10 +111,8 @@ def scale_by_sharpness(
             value = found.values[0].astype(state.sharpness.dtype)
             known = jnp.isfinite(value) & (value != 0)
             wanted = fraction / jnp.abs(jnp.where(known, value, 1))
-            first = state.rate == 0
-            rate = jnp.where(first, wanted, jnp.minimum(wanted, _GROWTH * state.rate))
             return ScaleBySharpnessState(
-                rate=jnp.where(known & (first | (value > 0)), rate, state.rate),
+                rate=jnp.where(known & ((state.rate == 0) | (value > 0)), wanted, state.rate),
                 sharpness=value,
                 vector=jax.tree.map(lambda x: jnp.where(known, x[0], 0), found.vectors),
                 num_matvecs=state.num_matvecs + found.num_matvecs,

@@ -88,14 +88,14 @@ def test_a_gradient_that_grows_calls_for_a_check_at_once():
         np.testing.assert_allclose(state.rate, 1 / curved, rtol=0.05)
 
 
-def test_the_rate_at_most_doubles_at_a_check():
+def test_a_check_sets_the_rate_however_far_the_curvature_has_moved():
     loss = lambda w: jnp.sum(w**4) / 4
     optimizer = scale_by_sharpness(key=KEY, fraction=1.0, every=1)
     state = optimizer.init(jnp.ones(1))
-    for w, rate in ((1.0, 1 / 3), (0.1, 2 / 3), (0.1, 4 / 3)):
+    for w in (1.0, 0.1, 3.0):
         point = jnp.full(1, w)
         _, state = optimizer.update(jax.grad(loss)(point), state, point, value_fn=loss)
-        np.testing.assert_allclose(state.rate, rate, rtol=0.05)
+        np.testing.assert_allclose(state.rate, 1 / (3 * w**2), rtol=0.05)
 
 
 @pytest.mark.parametrize(
