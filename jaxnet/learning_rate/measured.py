@@ -83,7 +83,7 @@ def measure_limits(
       batch: the examples, all of them at each step.
       rates: (R,) ascending; their geometric middle should be near the limit expected.
       key: a `jax.random.key` for the random starts.
-      make_optimizer: the maker, called with each rate.
+      make_optimizer: the maker, called with each rate; weight decay belongs into the loss, or ω₀ is no fixed point.
       opt_state: the state to start in, such as Adam's second moments, its momentum zero; by default a fresh one.
       num_starts: D, how many starts; their spread is the error of the limit.
       num_steps: T, the steps of plain training.
