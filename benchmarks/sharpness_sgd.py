@@ -130,7 +130,7 @@ def panels():
             name=name.replace(", ", "-").replace(" ", "-"),
             title=f"{name}: untuned, against the best of 40 constant rates",
             xlabel="gradients of the full batch, products at their price",
-            ylabel="loss",
+            ylabel="least loss so far",
             series=[curve(label, i, *xy) for i, (label, xy) in enumerate(curves.items())],
             yscale="log",
         )
