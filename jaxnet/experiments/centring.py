@@ -194,7 +194,7 @@ def _spectrum_panel(spectra: list[np.ndarray], of_mean: float) -> Panel:
     series = [Series(name, index, s[:30], "line-points") for name, s in zip(names, spectra, strict=True)]
     return Panel(
         name="eigenvalues",
-        title="Softmax regression at W = 0: the mean of the inputs is one eigenvalue, far above all others",
+        title="Softmax regression at W = 0: the inputs' mean is one eigenvalue, far above",
         xlabel="number of the eigenvalue, largest first",
         ylabel="eigenvalue of XᵀX/(nC)",
         series=series,
