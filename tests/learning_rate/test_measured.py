@@ -72,6 +72,23 @@ def test_adam_in_a_state_that_it_is_given(x64):
     np.testing.assert_allclose(ladder.limits, 38 / 2.5, rtol=0.01)
 
 
+def test_another_optimizer_and_other_rates_trace_the_network_no_more():
+    traced = []
+
+    def loss(params, batch):
+        traced.append(params)
+        return quadratic(params, batch)
+
+    measure = lambda rates, make: learning_rate.measure_limits(
+        loss, jnp.ones(4), jnp.eye(4), rates, key=KEY, make_optimizer=make, num_steps=2
+    )
+    measure([1.0, 2.0, 9.0], optax.sgd)
+    once = len(traced)
+    assert once <= 2  # its shape is asked for, and its gradient compiled
+    measure([1.0, 3.0, 8.0, 9.0], functools.partial(optax.sgd, momentum=0.9))
+    assert len(traced) <= once + 1
+
+
 def test_a_ladder_that_does_not_hold_the_limit_says_nan():
     batch = jnp.eye(4)
     ladder = learning_rate.measure_limits(quadratic, jnp.ones(4), batch, [0.1, 0.2, 0.3], key=KEY)
