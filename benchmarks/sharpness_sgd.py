@@ -35,14 +35,12 @@ CURVES = {}
 
 def run():
     rows = []
-    for name, (load, criterion) in PROBLEMS.items():
-        inputs, labels = load()
-        batch = inputs, labels if criterion is losses.softmax_cross_entropy else jax.nn.one_hot(labels, 10)
-        loss = losses.mean_loss(MODEL.apply, criterion)
-        price = product_price(loss, MODEL.init(jax.random.key(0), inputs.shape[1:]), batch)
+    for name in PROBLEMS:
+        loss, start, batch = posed(name)
+        price = product_price(loss, start(0), batch)
         ratios, diverged = {fraction: [] for fraction in FRACTIONS}, 0
         for seed in SEEDS:
-            params = MODEL.init(jax.random.key(seed), inputs.shape[1:])
+            params = start(seed)
             best = best_constant(loss, params, batch)
             for fraction in FRACTIONS:
                 values, products = map(np.asarray, follow(loss, params, batch, fraction, jax.random.key(seed)))
@@ -68,6 +66,15 @@ def run():
     return rows + [without_safeguard(name) for name in PROBLEMS]
 
 
+def posed(name):
+    """The loss, a function from a seed to where it starts, and the batch."""
+    load, criterion = PROBLEMS[name]
+    inputs, labels = load()
+    targets = labels if criterion is losses.softmax_cross_entropy else jax.nn.one_hot(labels, 10)
+    start = lambda seed: MODEL.init(jax.random.key(seed), inputs.shape[1:])
+    return losses.mean_loss(MODEL.apply, criterion), start, (inputs, targets)
+
+
 def left(values):
     """Whether a run ends in numbers that are not finite, or goes to twice its initial loss."""
     return int(not np.isfinite(values).all() or values.max() > 2 * values[0])
@@ -75,15 +82,12 @@ def left(values):
 
 def without_safeguard(name):
     """How many of the default's runs leave if they are checked at their turn only."""
-    load, criterion = PROBLEMS[name]
-    inputs, labels = load()
-    batch = inputs, labels if criterion is losses.softmax_cross_entropy else jax.nn.one_hot(labels, 10)
-    loss, kept, number = losses.mean_loss(MODEL.apply, criterion), adaptive._JUMP, 0
+    loss, start, batch = posed(name)
+    kept, number = adaptive._JUMP, 0
     adaptive._JUMP = np.inf
     jax.clear_caches()
     for seed in SEEDS:
-        params = MODEL.init(jax.random.key(seed), inputs.shape[1:])
-        number += left(np.asarray(follow(loss, params, batch, DEFAULT, jax.random.key(seed))[0]))
+        number += left(np.asarray(follow(loss, start(seed), batch, DEFAULT, jax.random.key(seed))[0]))
     adaptive._JUMP = kept
     jax.clear_caches()
     return Row(f"{name}: runs that leave without the check at once, of {len(SEEDS)}", number, np.inf, False, {})

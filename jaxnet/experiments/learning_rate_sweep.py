@@ -73,7 +73,7 @@ def run(
         dtype="float64",
         measurements=found,
         claims=[_claim(name, method, row) for name, rows in found.items() for method, row in rows.items()],
-        rows=[row for name, rows in found.items() for row in _plain_rows(name, rows)],
+        rows=[row for name, rows in found.items() for row in _rows(name, rows)],
         panels=[_panel(found)],
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def _stochastic(size: int, problem: Problem, key: Array) -> dict[str, float]:
     predicted = float(
         learning_rate.sgd_maximal(loss, problem.params, data, size, replace=True, gauss_newton=True, tol=1e-4)
     )
-    # Single precision resolves the differences of gradients; the larger the batch, the more alike are the runs.
+    # Single precision resolves the differences of gradients; the larger the batch, the fewer runs: they are more alike.
     params, data = jax.tree.map(lambda x: x.astype(jnp.float32), (problem.params, data))
     highest, num_halvings = 1.5 * predicted, 7
     num_particles = min(problem.num_particles, max(8, 256 // size))
@@ -157,15 +157,17 @@ def _claim(problem: str, method: str, row: dict[str, float]) -> Claim:
     return within(f"{problem}, {method}: η where ω₀ loses stability", row["predicted"], row["measured"], 0.05)
 
 
-def _plain_rows(problem: str, rows: dict[str, dict[str, float]]) -> list[tuple[str, float, str]]:
+def _rows(problem: str, rows: dict[str, dict[str, float]]) -> list[tuple[str, float, str]]:
+    """The measured limits with their errors, and where plain training fails if the ladder holds that."""
+
+    def remark(row: dict[str, float]) -> str:
+        multiple = row.get("plain", np.nan) / row["predicted"]
+        plain = f"; plain training fails at {multiple:.2g} times that" if np.isfinite(multiple) else ""
+        return f"± {row['error']:.1g}, predicted {row['predicted']:.5g}{plain}"
+
     return [
-        (
-            f"{problem}, {method}: plain training fails",
-            row["plain"],
-            f"at {row['plain'] / row['predicted']:.2g} × limit",
-        )
+        (f"{problem}, {method}: η where ω₀ loses stability", row["measured"], remark(row))
         for method, row in rows.items()
-        if np.isfinite(row.get("plain", np.nan))
     ]
 
 

@@ -21,6 +21,14 @@ def test_every_claim_holds(found):
     assert len(found.rows) == len(edge_of_stability.METHODS)
 
 
+def test_a_row_outside_its_gate_says_so(found):
+    gates = edge_of_stability.GATES | {edge_of_stability.FAST: 0.1}
+    missed = {name.split(":")[0] for name, _, remark in found.rows if "a miss" in remark}
+    settled = {name: ratio[-len(ratio) // 3 :].mean() for name, ratio in found.measurements["ratio"].items()}
+    assert missed == {name for name, gate in gates.items() if abs(settled[name] - 1) > gate}
+    assert missed == {edge_of_stability.FAST}
+
+
 def test_curvature_holds_while_the_loss_falls(found):
     for name in edge_of_stability.GATES:
         ratio, loss = found.measurements["ratio"][name], found.measurements["loss"][name]
