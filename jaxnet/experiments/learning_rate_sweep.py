@@ -162,7 +162,7 @@ def _rows(problem: str, rows: dict[str, dict[str, float]]) -> list[tuple[str, fl
 
     def remark(row: dict[str, float]) -> str:
         multiple = row.get("plain", np.nan) / row["predicted"]
-        plain = f"; plain training fails at {multiple:.2g} times that" if np.isfinite(multiple) else ""
+        plain = f"; plain training fails at {multiple:.3g} times that" if np.isfinite(multiple) else ""
         return f"± {row['error']:.1g}, predicted {row['predicted']:.5g}{plain}"
 
     return [
