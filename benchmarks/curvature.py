@@ -23,8 +23,8 @@ from jax import lax
 from benchmarks.peers import flat_product, libraries
 from benchmarks.timing import Row, side_by_side
 from jaxnet import curvature, data, losses, nn, training
-from jaxnet.curvature import lanczos
-from jaxnet.record import Panel, Series
+from jaxnet.curvature import _lanczos
+from jaxnet.lab.record import Panel, Series
 
 KEY = jax.random.key(0)
 MODEL = nn.mlp([128, 128, 10])
@@ -72,7 +72,7 @@ class Problem:
     def product(self):
         gradient = jax.jit(jax.grad(LOSS))
         product = jax.jit(lambda params, batch, v: curvature.hessian(LOSS, params, batch)(v))
-        v = lanczos.random_like(KEY, self.params)
+        v = _lanczos.random_like(KEY, self.params)
         contenders = {
             "product": lambda: product(self.params, self.batch, v),
             "gradient": lambda: gradient(self.params, self.batch),
@@ -86,7 +86,7 @@ class Problem:
             unit = lambda v: optax.tree.scale(1 / optax.tree.norm(v), v)
             return lax.fori_loop(0, count, lambda _, v: unit(op(v)), v)
 
-        v, count = lanczos.random_like(KEY, self.params), self.sharpness(key=KEY).num_matvecs
+        v, count = _lanczos.random_like(KEY, self.params), self.sharpness(key=KEY).num_matvecs
         contenders = {
             "sharpness": lambda: self.sharpness(key=KEY),
             "products": lambda: products(self.params, self.batch, v, count),
@@ -99,12 +99,12 @@ class Problem:
         @jax.jit
         def spent(params, batch, exact, keys):
             op = curvature.hessian(LOSS, params, batch)
-            top = lambda state: lanczos.ritz(state).values[-1]
+            top = lambda state: _lanczos.ritz(state).values[-1]
             far = lambda state: (top(state) < (1 - TOL) * exact) & (state.size < 40)
 
             def one(key):
-                begin = lanczos.init(lanczos.random_like(key, params), 40)
-                smallest = lax.while_loop(far, lambda state: lanczos.step(op, state), lanczos.step(op, begin)).size
+                begin = _lanczos.init(_lanczos.random_like(key, params), 40)
+                smallest = lax.while_loop(far, lambda state: _lanczos.step(op, state), _lanczos.step(op, begin)).size
                 found = curvature.sharpness(LOSS, params, batch, key=key, tol=TOL)
                 return found.num_matvecs, smallest, jnp.abs(found.value / exact - 1) <= TOL
 

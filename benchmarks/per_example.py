@@ -17,7 +17,7 @@ import optax
 from benchmarks.peers import gradient_libraries
 from benchmarks.timing import Row
 from jaxnet import losses, nn, per_example
-from jaxnet.record import Panel, Series
+from jaxnet.lab.record import Panel, Series
 
 KEY = jax.random.key(0)
 METHODS = {

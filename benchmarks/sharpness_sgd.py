@@ -16,8 +16,8 @@ import optax
 
 from benchmarks.timing import Row, side_by_side
 from jaxnet import curvature, data, losses, nn, training
-from jaxnet.learning_rate import adaptive, sharpness_sgd
-from jaxnet.record import Panel, Series
+from jaxnet.lab.record import Panel, Series
+from jaxnet.learning_rate import _adaptive, sharpness_sgd
 
 SEEDS = range(5)
 STEPS, MOST = 300, 900
@@ -83,12 +83,12 @@ def left(values):
 def without_safeguard(name):
     """How many of the default's runs leave if they are checked at their turn only."""
     loss, start, batch = posed(name)
-    kept, number = adaptive._JUMP, 0
-    adaptive._JUMP = np.inf
+    kept, number = _adaptive._JUMP, 0
+    _adaptive._JUMP = np.inf
     jax.clear_caches()
     for seed in SEEDS:
         number += left(np.asarray(follow(loss, start(seed), batch, DEFAULT, jax.random.key(seed))[0]))
-    adaptive._JUMP = kept
+    _adaptive._JUMP = kept
     jax.clear_caches()
     return Row(f"{name}: runs that leave without the check at once, of {len(SEEDS)}", number, np.inf, False, {})
 

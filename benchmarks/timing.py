@@ -9,8 +9,8 @@ import time
 
 import jax
 
-from jaxnet.plots import draw
-from jaxnet.record import versions
+from jaxnet.lab.plots import draw
+from jaxnet.lab.record import versions
 
 
 @dataclasses.dataclass

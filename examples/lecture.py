@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnet import curvature, data, learning_rate, losses, nn, per_example, plots, training
-from jaxnet.record import Contours, Line, Panel, Series
+from jaxnet import curvature, data, learning_rate, losses, nn, per_example, training
+from jaxnet.lab import plots
+from jaxnet.lab.record import Contours, Line, Panel, Series
 
 in_notebook = hasattr(builtins, "__IPYTHON__")
 folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 and not in_notebook else None

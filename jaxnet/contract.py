@@ -1,19 +1,50 @@
-"""The one contract of the library: ``loss(params, batch) -> scalar``.
+"""The one contract of the library, ``loss(params, batch) -> scalar``, and the types that its rooms share.
 
 The value is the mean over the batch's N examples of losses that do not see one another. Everything that
 takes a loss checks its arguments here, at trace time, so that a second call with new values costs nothing.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+import numbers
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 Array: TypeAlias = jax.Array
 ArrayTree: TypeAlias = chex.ArrayTree
 Loss: TypeAlias = Callable[[Any, Any], Array]
+MakeOptimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
+"""A function of the learning rate, such as `optax.sgd`."""
+
+
+class UserError(ValueError):
+    """What a person gave cannot serve: a file, an option, or data, params and rates by their values.
+
+    The message says what was expected, what came, and the mend. The command line shows it in one line; any other error
+    is a fault of the program, and shows its traceback.
+    """
+
+
+class Progress(Protocol):
+    """What an observer is shown after each epoch of `jaxnet.training.fit`, among other things."""
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done in this call."""
+
+    @property
+    def state(self) -> Any:
+        """The `jaxnet.training.TrainState`."""
+
+
+class Observer(Protocol):
+    """Called after each epoch, outside the compiled program."""
+
+    def __call__(self, progress: Any, /) -> None:
+        """Look at a `Progress`."""
 
 
 def num_examples(batch: ArrayTree) -> int:
@@ -92,19 +123,12 @@ def _finite(leaves: list[Array]) -> list[Array]:
     return [jnp.isfinite(x).all() for x in leaves]
 
 
-def is_stream(batch: Any) -> bool:
-    """Whether ``batch`` is a data set in batches: a list of batches, or another object that is iterated over.
-
-    A pytree of arrays is one batch: a tuple or dict always, a list if its entries are arrays. Anything else that can
-    be iterated over, such as a data loader, is a stream; its batches may differ in length.
+def check_batch_size(batch_size: int, n: int) -> int:
+    """B, if it is a whole number in 1…N.
 
     Raises:
-      TypeError: an iterator, which can be gone through only once.
+      ValueError: it is not.
     """
-    if isinstance(batch, list):
-        return any(isinstance(entry, (tuple, dict)) for entry in batch)
-    if hasattr(batch, "shape") or not isinstance(batch, Iterable) or not jax.tree_util.all_leaves([batch]):
-        return False
-    if iter(batch) is batch:
-        raise TypeError("batch: got an iterator, which ends after one pass; pass a list, or an object to iterate anew")
-    return True
+    if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral) or not 1 <= batch_size <= n:
+        raise UserError(f"batch_size: expected 1 to {n}, the number of examples, got {batch_size}")
+    return int(batch_size)

@@ -16,8 +16,23 @@ import optax
 
 from jaxnet.contract import Array, ArrayTree, Loss, num_examples
 
+__all__ = [
+    "ChunkedLoss",
+    "MeanLoss",
+    "accuracy",
+    "chunked",
+    "mean_loss",
+    "sigmoid_cross_entropy",
+    "softmax_cross_entropy",
+    "squared_error",
+]
+
 Criterion = Callable[[Array, Array], Array]
 Apply = Callable[..., Array]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def _same_shape(name: str, output: Array, target: Array) -> None:

@@ -1,14 +1,14 @@
 """Curvature of a loss: linear operators, one Lanczos recurrence, eigenpairs and the sharpness λ_max."""
 
-from jaxnet.curvature.density import SpectralDensity, spectral_density
-from jaxnet.curvature.eigsh import Eigenpairs, eigsh
-from jaxnet.curvature.gauss_newton import fisher, gauss_newton
-from jaxnet.curvature.online import OnlineSharpness, online_sharpness
-from jaxnet.curvature.operators import LinearOperator, hessian, materialize, precondition, restrict, shift
-from jaxnet.curvature.second_moment import empirical_fisher, gradient_covariance
-from jaxnet.curvature.sharpness import Sharpness, sharpness
-from jaxnet.curvature.stochastic import Estimate, diagonal, trace
-from jaxnet.curvature.track import Track, Tracker, TrackObserver, track
+from jaxnet.curvature._density import SpectralDensity, spectral_density
+from jaxnet.curvature._eigsh import Eigenpairs, eigsh
+from jaxnet.curvature._gauss_newton import fisher, gauss_newton
+from jaxnet.curvature._online import OnlineSharpness, online_sharpness
+from jaxnet.curvature._operators import LinearOperator, hessian, materialize, precondition, restrict, shift
+from jaxnet.curvature._second_moment import empirical_fisher, gradient_covariance
+from jaxnet.curvature._sharpness import Sharpness, sharpness
+from jaxnet.curvature._stochastic import Estimate, diagonal, trace
+from jaxnet.curvature._track import Track, Tracker, TrackObserver, track
 
 __all__ = [
     "Eigenpairs",
@@ -37,3 +37,7 @@ __all__ = [
     "trace",
     "track",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

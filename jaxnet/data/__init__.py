@@ -1,9 +1,9 @@
 """Data sets that need no network, each an ``(inputs, targets)`` pair of arrays, and the orders they are seen in."""
 
-from jaxnet.data.bundled import digits, mnist1d, mnist5k
-from jaxnet.data.files import load
-from jaxnet.data.orders import Order, batches, cyclic, independent, repeated, reshuffled, with_keys
-from jaxnet.data.synthetic import two_gaussians, two_gaussians_exact
+from jaxnet.data._bundled import digits, mnist1d, mnist5k
+from jaxnet.data._files import load
+from jaxnet.data._orders import Order, batches, cyclic, independent, repeated, reshuffled, with_keys
+from jaxnet.data._synthetic import two_gaussians, two_gaussians_exact
 
 __all__ = [
     "Order",
@@ -20,3 +20,7 @@ __all__ = [
     "two_gaussians_exact",
     "with_keys",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,12 +1,12 @@
 """What curvature and gradient noise say of the learning rate."""
 
-from jaxnet.learning_rate.adaptive import ScaleBySharpnessState, scale_by_sharpness, sharpness_sgd
-from jaxnet.learning_rate.analysis import Analysis, analyse
-from jaxnet.learning_rate.mean_square import sgd_maximal, stationary_excess
-from jaxnet.learning_rate.measured import Ladder, measure_limits
-from jaxnet.learning_rate.population import SgdLimit, in_mean_square, measure_sgd_limit, one_by_one
-from jaxnet.learning_rate.range_test import RangeTest, range_test
-from jaxnet.learning_rate.rates import (
+from jaxnet.learning_rate._adaptive import ScaleBySharpnessState, scale_by_sharpness, sharpness_sgd
+from jaxnet.learning_rate._analysis import Analysis, analyse
+from jaxnet.learning_rate._mean_square import sgd_maximal, stationary_excess
+from jaxnet.learning_rate._measured import Ladder, measure_limits
+from jaxnet.learning_rate._population import SgdLimit, in_mean_square, measure_sgd_limit, one_by_one
+from jaxnet.learning_rate._range_test import RangeTest, range_test
+from jaxnet.learning_rate._rates import (
     NoisyCurvature,
     for_batch_size,
     greedy,
@@ -14,7 +14,7 @@ from jaxnet.learning_rate.rates import (
     noisy_curvature,
     optimal,
 )
-from jaxnet.learning_rate.stability import Stability, stability, stability_limit
+from jaxnet.learning_rate._stability import Stability, stability, stability_limit
 
 __all__ = [
     "Analysis",
@@ -42,3 +42,7 @@ __all__ = [
     "stability_limit",
     "stationary_excess",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,12 +1,12 @@
 """Networks as pairs of pure functions, ``init(key, input_shape)`` and ``apply(params, x, *, key=None)``."""
 
-from jaxnet.nn.attention import self_attention
-from jaxnet.nn.conv import avg_pool, conv, max_pool
-from jaxnet.nn.dense import dense
-from jaxnet.nn.embed import embed
-from jaxnet.nn.layer import Layer, activation, dropout, flatten, residual, serial
-from jaxnet.nn.networks import lenet, linear_neuron, mlp, transformer
-from jaxnet.nn.norm import group_norm, layer_norm
+from jaxnet.nn._attention import self_attention
+from jaxnet.nn._conv import avg_pool, conv, max_pool
+from jaxnet.nn._dense import dense
+from jaxnet.nn._embed import embed
+from jaxnet.nn._layer import Layer, activation, dropout, flatten, residual, serial
+from jaxnet.nn._networks import lenet, linear_neuron, mlp, transformer
+from jaxnet.nn._norm import group_norm, layer_norm
 
 __all__ = [
     "Layer",
@@ -28,3 +28,7 @@ __all__ = [
     "serial",
     "transformer",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

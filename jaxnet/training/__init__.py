@@ -1,8 +1,9 @@
 """The update rule and the training loop: one rule, three batch sizes."""
 
-from jaxnet.training.fit import Best, FitProgress, FitResult, History, Stopped, fit, sweep
-from jaxnet.training.program import StopRule
-from jaxnet.training.update import TrainState, init_state, make_update
+from jaxnet.training._fit import Best, FitProgress, FitResult, History, Stopped, fit, sweep
+from jaxnet.training._program import StopRule
+from jaxnet.training._trajectory import trajectory
+from jaxnet.training._update import TrainState, init_state, make_update
 
 __all__ = [
     "Best",
@@ -16,4 +17,9 @@ __all__ = [
     "init_state",
     "make_update",
     "sweep",
+    "trajectory",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

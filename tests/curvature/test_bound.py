@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxnet import curvature
-from jaxnet.curvature import bound, lanczos, search
+from jaxnet.curvature import _bound, _lanczos, _search
 
 KEY = jax.random.key(5)
 
@@ -19,25 +19,25 @@ def test_the_sum_is_what_the_basis_holds_of_an_eigenvector(num_steps, x64):
     """Row j of the basis is p_j(A) q_0, so (u·q_j)² = p_j(λ)² (u·q_0)² — through restarts of a basis of 6."""
     d = jnp.asarray(np.append(np.random.default_rng(0).normal(size=30), [4.0, -5.0]))
     start = jax.random.normal(KEY, d.shape)
-    plan = search.Plan(n=len(d), k=1, which="LA", basis=6, limit=num_steps, warm=False)
-    end = search._begin(plan, start)
+    plan = _search.Plan(n=len(d), k=1, which="LA", basis=6, limit=num_steps, warm=False)
+    end = _search._begin(plan, start)
     for _ in range(num_steps):
         if int(end.lanczos.size) == 6:
-            end = search._restart(plan, end)
-        end = search._absorb(plan, end, d * lanczos.current(end.lanczos), 1e-15)
+            end = _search._restart(plan, end)
+        end = _search._absorb(plan, end, d * _lanczos.current(end.lanczos), 1e-15)
     assert (int(end.num_discarded) > 0) == (num_steps > 6)
     rows = np.asarray(end.lanczos.basis)[: int(end.lanczos.size) + 1]
     for i in (30, 31):  # the two eigenvalues beyond the Ritz values, one at each end
-        share = (start[i] / lanczos.norm(start)) ** 2
+        share = (start[i] / _lanczos.norm(start)) ** 2
         expected = np.log(np.sum(rows[:, i] ** 2) / share)
-        np.testing.assert_allclose(bound.log_sum(end.polynomials, d[i]), expected, rtol=1e-6)
+        np.testing.assert_allclose(_bound.log_sum(end.polynomials, d[i]), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 2, 50])
 def test_the_share_of_a_random_unit_vector(n):
     draws = np.random.default_rng(0).normal(size=(20000, n))
     shares = draws[:, 0] ** 2 / (draws**2).sum(axis=1)
-    w = np.exp(-bound.log_inverse_share(n, 0.05))
+    w = np.exp(-_bound.log_inverse_share(n, 0.05))
     # Of two numbers or more, a draw is below the quantile with probability .05; a single number has all of the share.
     assert abs((shares < w).mean() - (0.05 if n > 1 else 0)) < 4 * (0.05 * 0.95 / 20000) ** 0.5
 
@@ -78,8 +78,8 @@ def test_ten_products_bound_a_network_like_spectrum_within_a_percent():
 def test_nothing_is_excluded_beyond_the_room(x64):
     """More discarded Ritz values than are remembered: no bound, rather than a wrong one."""
     d = jnp.linspace(-1, 1, 400)
-    plan = search.Plan(n=400, k=1, which="LA", basis=4, limit=60, warm=False)
-    end = search.run(plan, lambda v: d * v, jax.random.normal(KEY, d.shape), 1e-15, search.host_while)
+    plan = _search.Plan(n=400, k=1, which="LA", basis=4, limit=60, warm=False)
+    end = _search.run(plan, lambda v: d * v, jax.random.normal(KEY, d.shape), 1e-15, _search.host_while)
     known = end.polynomials
-    assert np.isfinite(bound.log_sum(known, 1.1))
-    assert bound.log_sum(known._replace(discarded=known.discarded[:5]), 1.1) == -np.inf
+    assert np.isfinite(_bound.log_sum(known, 1.1))
+    assert _bound.log_sum(known._replace(discarded=known.discarded[:5]), 1.1) == -np.inf

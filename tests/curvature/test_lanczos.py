@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnet.curvature import lanczos
+from jaxnet.curvature import _lanczos
 
 
 def flat(basis):
@@ -26,7 +26,7 @@ def join(tree):
 
 def run(a, num_steps, room, key=0):
     start = split(jax.random.normal(jax.random.key(key), (len(a),)))
-    state = lanczos.init(start, room)
+    state = _lanczos.init(start, room)
     for _ in range(num_steps):
         state = advance(a, state)
     return state
@@ -34,7 +34,7 @@ def run(a, num_steps, room, key=0):
 
 @jax.jit
 def advance(a, state):
-    return lanczos.step(lambda v: split(a @ join(v)), state)
+    return _lanczos.step(lambda v: split(a @ join(v)), state)
 
 
 @hypothesis.settings(deadline=None, max_examples=10)
@@ -55,7 +55,7 @@ def test_the_identity_survives_a_restart(x64):
     a = matrix(0, 30)
     state = run(a, 10, 10)
     kept = jnp.array([9, 8, 7, 0])
-    state = lanczos.restart(state, lanczos.ritz(state), kept)
+    state = _lanczos.restart(state, _lanczos.ritz(state), kept)
     for _ in range(6):
         state = advance(a, state)
     q, t = flat(state.basis), np.asarray(state.projected)
@@ -75,8 +75,8 @@ def test_a_breakdown_goes_on_in_a_new_direction(x64):
 def test_norms_neither_overflow_nor_underflow():
     for scale in (1e-30, 1.0, 1e30):
         v = {"a": jnp.full(4, scale, jnp.float32), "b": jnp.zeros((0, 2))}
-        np.testing.assert_allclose(lanczos.norm(v), 2 * scale, rtol=1e-6)
-    assert lanczos.norm({"a": jnp.zeros(3)}) == 0
+        np.testing.assert_allclose(_lanczos.norm(v), 2 * scale, rtol=1e-6)
+    assert _lanczos.norm({"a": jnp.zeros(3)}) == 0
 
 
 def test_a_product_that_is_almost_parallel_to_the_basis_is_orthogonalised_twice(x64):
@@ -87,7 +87,7 @@ def test_a_product_that_is_almost_parallel_to_the_basis_is_orthogonalised_twice(
 
 
 def test_a_product_of_exactly_nothing_goes_on_too(x64):
-    state = lanczos.init(split(jnp.eye(6)[2]), 6)
+    state = _lanczos.init(split(jnp.eye(6)[2]), 6)
     for _ in range(6):
         state = advance(jnp.zeros((6, 6)), state)
         assert state.beta == 0

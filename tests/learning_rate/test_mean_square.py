@@ -6,7 +6,7 @@ import pytest
 from scipy import optimize
 
 from jaxnet import data, losses, nn
-from jaxnet.learning_rate.mean_square import sgd_maximal, stationary_excess
+from jaxnet.learning_rate._mean_square import sgd_maximal, stationary_excess
 
 NEURON = losses.mean_loss(nn.linear_neuron().apply, losses.squared_error)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jaxnet import data, losses, nn
-from jaxnet.learning_rate.mean_square import sgd_maximal
-from jaxnet.learning_rate.population import measure_sgd_limit, one_by_one
+from jaxnet.learning_rate._mean_square import sgd_maximal
+from jaxnet.learning_rate._population import measure_sgd_limit, one_by_one
 
 KEY = jax.random.key(0)
 

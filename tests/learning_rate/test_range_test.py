@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxnet import data, learning_rate, losses, nn, plots, training
-from jaxnet.learning_rate.range_test import range_test
+from jaxnet import data, learning_rate, losses, nn, training
+from jaxnet.lab import plots
+from jaxnet.learning_rate._range_test import range_test
 
 KEY = jax.random.key(0)
 RATES = np.geomspace(0.01, 1.5, 40)

@@ -8,7 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxnet import training
-from jaxnet.learning_rate.stability import stability, stability_limit
+from jaxnet.learning_rate._stability import stability, stability_limit
 
 KEY = jax.random.key(0)
 BATCH = jnp.ones(2)

@@ -225,7 +225,7 @@ def test_the_plan_tells_which_way_each_leaf_went(monkeypatch, x64, check_per_exa
     assert words("scanned")["['layers']"] == "factors of a matrix product in a scan, S = 3, T = 1"
     assert words("scanned_backwards_in_blocks")["['layers']['kernel']"].endswith("in a scan in a scan, S = 6, T = 1")
     assert words("recurrent")["['hidden']"] == "factors of a matrix product in a scan, T = 4"
-    monkeypatch.setattr(sys.modules["jaxnet.per_example.held"], "_SMALL", 0)
+    monkeypatch.setattr(sys.modules["jaxnet.per_example._held"], "_SMALL", 0)
     jax.clear_caches()
     assert words("recurrent")["['carried']"] == "vmap(grad): the carry of a scan"
     assert words("custom_derivative")["['first']"].startswith("vmap(grad): custom_vjp")
@@ -239,7 +239,7 @@ def test_the_plan_tells_which_way_each_leaf_went(monkeypatch, x64, check_per_exa
 @pytest.mark.parametrize("name", ["lenet", "residual_and_norm"])
 def test_factors_found_by_chunks_are_the_same(name, monkeypatch, x64, check_per_example):
     """Five or six examples, two or four at a time."""
-    module = sys.modules["jaxnet.per_example.gradients"]
+    module = sys.modules["jaxnet.per_example._gradients"]
     monkeypatch.setattr(module, "_HELD", 0)
     monkeypatch.setattr(module, "at_once", lambda size: 2 if name == "lenet" else 4)
     loss, params, batch = CASES[name]()
@@ -250,13 +250,13 @@ def test_factors_found_by_chunks_are_the_same(name, monkeypatch, x64, check_per_
 @pytest.mark.parametrize("name", ["lenet", "scanned", "transformer"])
 def test_the_gram_matrix_by_bands_is_the_same(name, monkeypatch, x64, check_per_example):
     """Four to six examples in bands of two."""
-    monkeypatch.setattr(sys.modules["jaxnet.per_example.held"], "_BAND", 2)
+    monkeypatch.setattr(sys.modules["jaxnet.per_example._held"], "_BAND", 2)
     check_per_example(*CASES[name]())
 
 
 def test_gradients_that_are_formed_meet_by_chunks(monkeypatch, x64, check_per_example):
     """Twenty examples, 16 at a time."""
-    module = sys.modules["jaxnet.per_example.held"]
+    module = sys.modules["jaxnet.per_example._held"]
     monkeypatch.setattr(module, "_SMALL", 0)
     monkeypatch.setattr(module, "at_once", lambda size: 1)
     loss, params, _ = tied()

@@ -1,0 +1,108 @@
+"""Curvature without the network's own second derivatives: never indefinite where the criterion is convex."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnet import losses
+from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.curvature._operators import LinearOperator, mean_operator
+from jaxnet.curvature._second_moment import empirical_fisher
+from jaxnet.losses import ChunkedLoss, MeanLoss
+
+
+def _parts(name: str, loss: Loss) -> MeanLoss:
+    inner = loss.loss if isinstance(loss, ChunkedLoss) else loss
+    if not isinstance(inner, MeanLoss):
+        raise TypeError(
+            f"{name}: needs the network and the criterion apart; make the loss with jaxnet.losses.mean_loss, "
+            f"got {type(loss).__name__}"
+        )
+    return inner
+
+
+@dataclasses.dataclass(frozen=True)
+class _GaussNewtonProduct:
+    loss: Loss
+
+    def __call__(self, params: ArrayTree, batch: Any, v: ArrayTree) -> ArrayTree:
+        parts = _parts("gauss_newton", self.loss)
+
+        def on(chunk: Any) -> ArrayTree:
+            network = lambda p: parts.outputs(p, chunk)
+            outputs, along = jax.jvp(network, (params,), (v,))
+            slope = jax.grad(lambda o: jnp.mean(parts.criterion(o, chunk[1])))
+            curved = jax.jvp(slope, (outputs,), (along,))[1]
+            return jax.vjp(network, params)[1](curved)[0]
+
+        return self.loss.mean_over_chunks(on, batch) if isinstance(self.loss, ChunkedLoss) else on(batch)
+
+
+def gauss_newton(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
+    """G = (1/N) Σ J_nᵀ (∂²ℓ_n/∂o∂o′) J_n, with the network's Jacobian J_n and the criterion ℓ_n of its output o.
+
+    Args:
+      loss: a `jaxnet.losses.mean_loss`, or one chunked.
+      params: the point.
+      batch: ``(inputs, targets)``, or a data set in such batches, as for `hessian`.
+
+    Raises:
+      TypeError: the loss does not keep its two parts, or params are not floating.
+      ValueError: the batch does not fit.
+
+    Reference:
+      Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent", 2002, section 3.
+    """
+    _parts("gauss_newton", loss)
+    return mean_operator(_GaussNewtonProduct(loss), params, batch)
+
+
+def _draw_softmax(key: Array, outputs: Array, targets: Array) -> Array:
+    labels = jax.random.categorical(key, outputs)
+    # One-hot targets stay one-hot, so that the batch keeps its shape.
+    return labels if targets.ndim < outputs.ndim else jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
+
+
+def _draw_normal(key: Array, outputs: Array, targets: Array) -> Array:
+    return outputs + jax.random.normal(key, outputs.shape, outputs.dtype)
+
+
+def _draw_bernoulli(key: Array, outputs: Array, targets: Array) -> Array:
+    return jax.random.bernoulli(key, jax.nn.sigmoid(outputs)).astype(outputs.dtype)
+
+
+# The distribution of targets of which each criterion is the negative log-likelihood.
+_DRAW = {
+    losses.softmax_cross_entropy: _draw_softmax,
+    losses.squared_error: _draw_normal,
+    losses.sigmoid_cross_entropy: _draw_bernoulli,
+}
+
+
+def fisher(loss: Loss, params: ArrayTree, batch: ArrayTree, *, key: Array) -> LinearOperator:
+    """F = (1/N) Σ E[g_n g_nᵀ] over targets that the network itself predicts, estimated with one draw an example.
+
+    Unbiased: averaged over keys it is the Fisher information, which for these criteria is the Gauss–Newton matrix.
+
+    Args:
+      loss: a `jaxnet.losses.mean_loss` with one of the library's criteria, or one chunked.
+      params: the point.
+      batch: ``(inputs, targets)``; of the targets only the shape matters.
+      key: a `jax.random.key` for the targets drawn.
+
+    Raises:
+      TypeError: the loss does not keep its two parts, or its criterion is no known negative log-likelihood.
+      ValueError: the batch does not fit.
+
+    Reference:
+      Martens, "New Insights and Perspectives on the Natural Gradient Method", JMLR 2020, section 5.
+    """
+    parts = _parts("fisher", loss)
+    if parts.criterion not in _DRAW:
+        names = ", ".join(criterion.__name__ for criterion in _DRAW)
+        raise TypeError(f"fisher: needs a criterion that is a known negative log-likelihood: {names}")
+    outputs = parts.outputs(params, batch)
+    drawn = _DRAW[parts.criterion](key, outputs, jnp.asarray(batch[1]))
+    return empirical_fisher(loss, params, (batch[0], drawn, *batch[2:]))

@@ -1,0 +1,266 @@
+"""A task from words: data, network and criterion, put together as one loss with its params."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnet import data, losses, nn
+from jaxnet.contract import Array
+from jaxnet.data import _files
+from jaxnet.losses import Apply, ChunkedLoss
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "softplus": jax.nn.softplus,
+}
+CRITERIA = {
+    "softmax_cross_entropy": losses.softmax_cross_entropy,
+    "squared_error": losses.squared_error,
+    "sigmoid_cross_entropy": losses.sigmoid_cross_entropy,
+}
+DATA = ("digits", "two-gaussians", "mnist1d", "mnist5k")
+MODELS = ("linear", "mlp", "lenet")
+# Examples at a time: a convolution's patches are 25 times its images.
+CHUNK = {"linear": 2000, "mlp": 2000, "lenet": 100}
+
+# With more examples than this, what takes many passes over the data takes the first half as many: on a CPU all of them
+# would take minutes.
+MANY_EXAMPLES = 2000
+
+Progress = Callable[[str, float], None]
+"""Called with a stage in words and the share of the whole job done."""
+
+
+def known(kind: str, name: str, names: Any) -> str:
+    """``name``, if it is one of ``names``.
+
+    Raises:
+      ValueError: it is not; the message lists them.
+    """
+    if name not in names:
+        raise ValueError(f"unknown {kind} {name!r}: known are {', '.join(names)}")
+    return name
+
+
+def check_seed(seed: int) -> None:
+    """Raise unless ``seed`` is one that `jax.random.key` tells from others."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected a whole number from 0 to 4294967295, got {seed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What is learned, and by which network."""
+
+    data: str = "digits"
+    """digits, two-gaussians, mnist1d, mnist5k, or the path of an .npz or .csv file."""
+    model: str = "mlp"
+    """linear, mlp or lenet."""
+    widths: tuple[int, ...] = (128, 128)
+    """Widths of the mlp's hidden layers."""
+    activation: str = "tanh"
+    """tanh, relu, gelu, sigmoid, silu or softplus."""
+    criterion: str = "auto"
+    """softmax_cross_entropy, squared_error or sigmoid_cross_entropy; auto: the first for labels, else the second."""
+    inputs: str = "x"
+    """For an .npz file: the name of its array of inputs."""
+    targets: str = "y"
+    """For an .npz file: the name of its array of targets."""
+    target: str | None = None
+    """For a .csv file: the column of targets; by default the last."""
+    standardise: bool = True
+    """For a file: scale each input to mean 0 and variance 1 over the training examples."""
+    seed: int = 0
+    """Of the initial parameters, the data's order and all random vectors."""
+    dtype: str = "float32"
+    """float32 or float64."""
+
+
+def keys_of(config: TaskConfig, count: int) -> Array:
+    """So many keys from the configuration's seed.
+
+    Raises:
+      ValueError: the seed or the dtype is none that can be used.
+    """
+    known("dtype", config.dtype, ("float32", "float64"))
+    check_seed(config.seed)
+    return jax.random.split(jax.random.key(config.seed), count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One loss, where it starts, and what it is a mean over.
+
+    Attributes:
+      loss: ``loss(params, batch)``, chunked so that large sets fit the cache and the memory.
+      apply: the network.
+      params: the network's initial parameters.
+      train: ``(inputs, targets)`` to train on.
+      test: ``(inputs, targets)`` held out, or None where there are too few examples.
+      labelled: whether the targets are classes, so that `accuracy` means something.
+      words: what it is, for titles.
+    """
+
+    loss: ChunkedLoss
+    apply: Apply
+    params: Any
+    train: tuple[Array, Array]
+    test: tuple[Array, Array] | None
+    labelled: bool
+    words: str
+
+    @property
+    def num_params(self) -> int:
+        """How many numbers the params hold."""
+        return sum(x.size for x in jax.tree.leaves(self.params))
+
+    @property
+    def sample(self) -> tuple[Array, Array]:
+        """The training examples that costly measurements take: all, or the first of many."""
+        if len(self.train[1]) <= MANY_EXAMPLES:
+            return self.train
+        inputs, targets = (x[: MANY_EXAMPLES // 2] for x in self.train)
+        return inputs, targets
+
+
+def make_task(config: TaskConfig, *, key: Array) -> Task:
+    """The task that ``config`` names; ``key`` draws the params, and the points of two-gaussians.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError: a name is unknown, a file or package is missing, or the parts do not
+        fit; in one line, with the mend.
+    """
+    known("model", config.model, MODELS)
+    activation = ACTIVATIONS[known("activation", config.activation, ACTIVATIONS)]
+    known("criterion", config.criterion, ("auto", *CRITERIA))
+    if any(width < 1 for width in config.widths):
+        raise ValueError(f"widths: expected positive numbers, got {config.widths}")
+    data_key, init_key = jax.random.split(key)
+    train, test = _load(config, data_key)
+    targets = np.concatenate([np.asarray(part[1]) for part in (train, test) if part is not None])
+    criterion, fit_targets, num_outputs = _criterion(config, targets)
+    fit_inputs, network = _network(config, activation, train[0].shape[1:], num_outputs)
+    fitted = lambda part: (fit_inputs(part[0]), fit_targets(part[1]))
+    train, test = fitted(train), None if test is None else fitted(test)
+    loss = losses.chunked(losses.mean_loss(network.apply, CRITERIA[criterion]), CHUNK[config.model])
+    params = network.init(init_key, train[0].shape[1:])
+    name = pathlib.Path(config.data).name
+    words = f"{name}, {config.model}, {criterion.replace('_', ' ')}"
+    return Task(loss, network.apply, params, train, test, num_outputs is not None, words)
+
+
+Pair = tuple[Array, Array]
+
+
+def _load(config: TaskConfig, key: Array) -> tuple[Pair, Pair | None]:
+    if config.data == "two-gaussians":
+        train_key, test_key = jax.random.split(key)
+        return data.two_gaussians(key=train_key), data.two_gaussians(key=test_key)
+    if config.data in DATA:
+        source = getattr(data, config.data)
+        return source("train"), source("test")
+    path = pathlib.Path(config.data)
+    if not path.suffix and not path.exists():
+        raise ValueError(
+            f"unknown data {config.data!r}: known are {', '.join(DATA)}, or the path of an .npz or .csv file"
+        )
+    x, y = _files.read(path, inputs=config.inputs, targets=config.targets, target=config.target)
+    n = len(x)
+    if n < 3:
+        raise ValueError(f"{path}: expected 3 examples or more, got {n}")
+    order = np.random.default_rng(0).permutation(n)
+    num_train = n if n < 10 else n * 4 // 5
+    train, test = order[:num_train], order[num_train:]
+    if config.standardise:
+        # Before the cast: in single precision a column of large numbers is a constant.
+        mean, scale = x[train].mean(axis=0), x[train].std(axis=0)
+        x = (x - mean) / np.where(scale > 1e-12 * np.abs(mean), scale, 1)
+    dtype = jnp.result_type(float)
+    if max(np.abs(x).max(), np.abs(y).max()) > jnp.finfo(dtype).max:
+        raise ValueError(f"{path}: holds numbers too large for {dtype}; rescale them, or use --dtype float64")
+    inputs, targets = jnp.asarray(x, dtype), jnp.asarray(y, jnp.int32 if y.dtype == np.int64 else dtype)
+    return (inputs[train], targets[train]), ((inputs[test], targets[test]) if test.size else None)
+
+
+def _criterion(config: TaskConfig, targets: np.ndarray) -> tuple[str, Callable[[Array], Array], int | None]:
+    """The criterion's name, targets to its form, and the number of classes; None means one output, (N,)."""
+    whole = targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer)
+    signs = config.data == "two-gaussians"
+    criterion = config.criterion
+    if criterion == "auto":
+        criterion = "softmax_cross_entropy" if whole else "squared_error"
+    if criterion == "squared_error":
+        if whole and _classes(targets):
+            return (
+                criterion,
+                lambda y: jax.nn.one_hot(y, targets.max() + 1, dtype=jnp.result_type(float)),
+                targets.max() + 1,
+            )
+        if targets.ndim != 1:
+            raise ValueError(f"targets: expected one number an example, got shape {targets.shape}")
+        return criterion, lambda y: y.astype(jnp.result_type(float)), None
+    if signs:
+        whole, targets = True, (targets > 0).astype(np.int32)
+    if not whole:
+        raise ValueError(f"{criterion} needs class labels, whole numbers from 0 on; use --criterion squared_error")
+    num_classes = _check_labels(targets)
+    label = (lambda y: (y > 0).astype(jnp.int32)) if signs else (lambda y: y)
+    if criterion == "softmax_cross_entropy":
+        return criterion, label, num_classes
+    if num_classes != 2:
+        raise ValueError(f"sigmoid_cross_entropy needs two classes, got {num_classes}; use softmax_cross_entropy")
+    return criterion, lambda y: label(y).astype(jnp.result_type(float)), None
+
+
+def _classes(targets: np.ndarray) -> bool:
+    found = np.unique(targets)
+    return len(found) > 1 and np.array_equal(found, np.arange(len(found)))
+
+
+def _check_labels(targets: np.ndarray) -> int:
+    found = np.unique(targets)
+    if len(found) < 2:
+        raise ValueError(
+            f"targets: all {len(targets)} examples have the label {found[0]}; at least two classes are needed"
+        )
+    if not _classes(targets):
+        shown = ", ".join(map(str, found[:6])) + (", …" if len(found) > 6 else "")
+        raise ValueError(
+            f"targets: labels are out of range: expected 0…{len(found) - 1} for {len(found)} classes, got {shown}; "
+            "renumber them, or use --criterion squared_error for plain numbers"
+        )
+    return len(found)
+
+
+def _single_output(y: Array) -> Array:
+    return y[..., 0]
+
+
+def _network(
+    config: TaskConfig, activation: Callable[[Array], Array], shape: tuple[int, ...], num_outputs: int | None
+) -> tuple[Callable[[Array], Array], nn.Layer]:
+    """How inputs are reshaped, and the network on them."""
+    last = num_outputs or 1
+    squeeze = () if num_outputs else (nn.activation(_single_output),)
+    if config.model != "lenet":
+        widths = config.widths if config.model == "mlp" else ()
+        flatten = (nn.flatten(),) if len(shape) > 1 else ()
+        core = nn.mlp((*widths, last), activation=activation)
+        parts = (*flatten, core, *squeeze)
+        return lambda x: x, nn.serial(*parts) if len(parts) > 1 else core
+    image: Mapping[int, tuple[int, ...]] = {2: (*shape, 1), 3: shape}
+    target = (8, 8, 1) if config.data == "digits" else image.get(len(shape))
+    if target is None or min(target[:2]) < 8:
+        raise ValueError(f"lenet needs images of 8 × 8 pixels or more, got inputs of shape {shape}; use --model mlp")
+    kernel = 5 if min(target[:2]) >= 12 else 3
+    core = nn.lenet(last, kernel_size=kernel, activation=activation)
+    return lambda x: x.reshape(-1, *target), nn.serial(core, *squeeze) if squeeze else core

@@ -1,0 +1,300 @@
+"""The main job: what should the learning rate be, and does training agree?"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxnet import curvature, learning_rate, losses, training
+from jaxnet.contract import Array, check_batch_size
+from jaxnet.lab import _panels, record
+from jaxnet.lab._task import Progress, Task, TaskConfig, keys_of, known, make_task
+from jaxnet.lab.record import Claim, Line, Panel, Record, Series
+from jaxnet.learning_rate import Analysis, Ladder
+
+MOMENTUM = 0.9
+OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=MOMENTUM),
+    "nesterov": functools.partial(optax.sgd, momentum=MOMENTUM, nesterov=True),
+}
+# Rates of the ladder, in units of the predicted limit 2/λ_max: from .35 to 8, closer together around 1.
+STEPS_OF_LADDER = 2.0 ** np.unique(np.concatenate([np.arange(-1.5, 3.01, 0.25), np.arange(-0.5, 0.51, 0.125)]))
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalyseConfig(TaskConfig):
+    """Derive the learning rate of a task from its curvature and noise, and hold it against training."""
+
+    batch_size: int = 32
+    """B of the mini-batch run."""
+    optimizer: str = "sgd"
+    """What the three runs train with: sgd, momentum or nesterov (β = 0.9)."""
+    learning_rate: float | None = None
+    """A rate of your own for the full-batch run, in place of 1/λ_max."""
+    num_epochs: int = 30
+    """Epochs of each of the three runs: equal numbers of example gradients."""
+
+
+def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None) -> Iterator[Record]:
+    """The job's record, growing: one yield after each stage, so that an interrupted job keeps what it has.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError: before the first yield, if the configuration does not hold together.
+    """
+    known("optimizer", config.optimizer, OPTIMIZERS)
+    keys = keys_of(config, 5)
+    progress("loading data", 0.0)
+    task = make_task(config, key=keys[0])
+    num_examples = len(task.train[1])
+    check_batch_size(config.batch_size, num_examples)
+    if config.num_epochs < 1:
+        raise ValueError(f"num_epochs: expected 1 or more, got {config.num_epochs}")
+    own = config.learning_rate
+    if own is not None and not 0 < own < np.inf:
+        raise ValueError(f"learning_rate: expected positive and finite, got {own}")
+    progress("λ_max and the gradient's noise", 0.05)
+    analysis = learning_rate.analyse(task.loss, task.params, task.train, key=keys[1])
+    found = Record(
+        name="analyse",
+        question=f"What should the learning rate be? {task.words}, {task.num_params} parameters, N = {num_examples}",
+        config=dataclasses.asdict(config),
+        seed=config.seed,
+        dtype=str(jnp.result_type(*jax.tree.leaves(task.params))),
+        measurements=analysis.to_dict(),
+        rows=[*analysis.rows(), *_of_own_rate(config, analysis)],
+        panels=_panels.of_analysis(analysis),
+    )
+    yield found
+
+    runs: list[Run] = []
+    for number, (name, batch_size) in enumerate(
+        [
+            ("full batch", None),
+            (f"mini-batch, B = {config.batch_size}", config.batch_size),
+            ("stochastic, B = 1", 1),
+        ]
+    ):
+        share = lambda done, number=number: progress(f"training, {name}", 0.15 + 0.2 * (number + done))
+        runs.append(_train(config, task, analysis, name, batch_size, keys[2], share))
+        with_runs = _with_runs(found, runs, len(task.sample[1]))
+        yield with_runs
+    found = with_runs
+
+    progress("ladder of rates", 0.8)
+    yield _with_ladder(found, task, analysis, keys[3:])
+    progress("done", 1.0)
+
+
+def _of_own_rate(config: AnalyseConfig, analysis: Analysis) -> list[tuple[str, Any, str]]:
+    rate = config.learning_rate
+    if rate is None or config.optimizer != "sgd":
+        return []
+    return [("your η, full batch", rate, f"stable here? {analysis.is_stable(rate)}")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One of the three runs, with λ_max along it; entries from epoch 0 on."""
+
+    name: str
+    batch_size: int | None
+    rate: float
+    epoch: np.ndarray
+    loss: np.ndarray
+    test_loss: np.ndarray
+    accuracy: float
+    sharpness: np.ndarray
+    num_matvecs: np.ndarray
+    stopped: str
+    diverged: bool
+
+
+def _train(
+    config: AnalyseConfig,
+    task: Task,
+    analysis: Analysis,
+    name: str,
+    batch_size: int | None,
+    key: Array,
+    share: Callable[[float], None],
+) -> Run:
+    # Momentum sums the last 1/(1 − β) steps: the same rate a step of displacement needs 1 − β of it.
+    rate = float(analysis.rate(batch_size)) * (1 if config.optimizer == "sgd" else 1 - MOMENTUM)
+    if batch_size is None and config.learning_rate is not None:
+        rate = config.learning_rate
+    followed = curvature.track(task.loss, task.sample, key=key).observer(task.params)
+
+    result = training.fit(
+        task.loss,
+        task.params,
+        task.train,
+        OPTIMIZERS[config.optimizer],
+        learning_rate=rate,
+        batch_size=batch_size,
+        num_epochs=config.num_epochs,
+        key=key,
+        validation=task.test,
+        metrics={"loss": task.loss},
+        observers=[followed, lambda progress: share(progress.epoch / progress.num_epochs)],
+    )
+    first = lambda batch: float(task.loss(task.params, batch)) if batch is not None else np.nan
+    history = result.history
+    held_out = history.validation.get("loss", np.full(len(history.epoch), np.nan))
+    accuracy = np.nan
+    if task.labelled and task.test is not None:
+        labels = (task.test[0], task.test[1])
+        accuracy = float(losses.accuracy(task.apply, result.state.params, labels))
+    return Run(
+        name=name,
+        batch_size=batch_size,
+        rate=rate,
+        epoch=np.append(0, history.epoch),
+        loss=np.append(first(task.train), history.metrics["loss"]),
+        test_loss=np.append(first(task.test), held_out),
+        accuracy=accuracy,
+        sharpness=np.array([float(check.value) for check in followed.checks]),
+        num_matvecs=np.array([int(check.num_matvecs) for check in followed.checks]),
+        stopped=str(result.stopped),
+        diverged=result.stopped.reason == "diverged" or not np.isfinite(history.metrics["loss"][-1]),
+    )
+
+
+def _with_runs(found: Record, runs: list[Run], sampled: int) -> Record:
+    rows, claims = [*found.rows], []
+    for run in runs:
+        end = f", test accuracy {run.accuracy:.3f}" if np.isfinite(run.accuracy) else ""
+        rows.append((f"η, {run.name}", run.rate, f"loss {run.loss[0]:.3g} to {run.loss[-1]:.3g}{end}; {run.stopped}"))
+        claims.append(record.below(f"{run.name}: trains at its rate", run.loss[0], run.loss[-1]))
+    measurements = {**found.measurements, "runs": [dataclasses.asdict(run) for run in runs]}
+    sampling = "the full batch" if sampled == found.measurements["num_examples"] else f"{sampled} examples"
+    panels = [*found.panels, _loss_panel(runs), _sharpness_panel(runs, found.config, sampling)]
+    return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels)
+
+
+def _loss_panel(runs: list[Run]) -> Panel:
+    series = []
+    for colour, run in enumerate(runs):
+        series.append(Series(f"{run.name}, η = {run.rate:.3g}", run.epoch, run.loss, "line", colour))
+        if np.isfinite(run.test_loss).any():
+            series.append(Series("  the same on test data", run.epoch, run.test_loss, "dashed", colour))
+    return Panel(
+        name="loss_against_epoch",
+        title="Three updates, each at its rate, on equal numbers of example gradients",
+        xlabel="epoch (each example's gradient once)",
+        ylabel="mean loss",
+        series=series,
+        yscale="log",
+    )
+
+
+def _sharpness_panel(runs: list[Run], config: Any, sampling: str) -> Panel:
+    momentum, nesterov = config["optimizer"] != "sgd", config["optimizer"] == "nesterov"
+    beta = MOMENTUM if momentum else 0.0
+    # maximal(λ) = c/λ, so c/η is the sharpness that a rate η still bears.
+    bearable = lambda rate: float(learning_rate.maximal(1.0, momentum=beta, nesterov=nesterov)) / rate
+    name = "2/η" if not momentum else "limit for η"
+    series = [Series(f"λ_max, {run.name}", run.epoch, run.sharpness, "line-points", c) for c, run in enumerate(runs)]
+    lines = [Line(f"{name} of {run.name}", bearable(run.rate), "y", c) for c, run in enumerate(runs)]
+    return Panel(
+        name="sharpness_along_training",
+        title="Sharpness along training, and the sharpness that each rate bears",
+        xlabel="epoch",
+        ylabel=f"λ_max of the Hessian on {sampling}",
+        series=series,
+        lines=lines,
+        yscale="log",
+    )
+
+
+def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> Record:
+    batch, value = task.sample, analysis.sharpness.value
+    n = len(batch[1])
+    if n < len(task.train[1]):
+        value = curvature.sharpness(task.loss, task.params, batch, key=keys[0], tol=1e-4).value
+    predicted = float(learning_rate.maximal(value))
+    rates = predicted * STEPS_OF_LADDER
+    ladder = learning_rate.measure_limits(task.loss, task.params, batch, rates, key=keys[1])
+    sampling = f"gradient descent on {n} examples"
+    if np.isnan(float(ladder.limit)) and found.dtype == "float32":
+        # Kinks (relu) lie closer to ω₀ than single precision can start beside it.
+        with jax.enable_x64(True):
+            double = lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            params, batch = jax.tree.map(double, (task.params, batch))
+            ladder = learning_rate.measure_limits(task.loss, params, batch, rates, key=keys[1])
+        sampling += ", in float64"
+    limit, error = float(ladder.limit), float(ladder.limit_error)
+    high = float(ladder.plain_bracket[1])
+    rows = [
+        *found.rows,
+        (
+            "η where ω₀ loses stability",
+            limit,
+            f"± {error:.1g}, measured: {sampling}; predicted {predicted:.5g}",
+        ),
+        ("η where plain training fails", high, _of_plain_training(ladder)),
+    ]
+    claims = [_stability_claim(predicted, limit), *found.claims]
+    measurements = {
+        **found.measurements,
+        "ladder": {
+            **dataclasses.asdict(ladder),
+            "predicted": predicted,
+            "limit": limit,
+            "limit_error": error,
+        },
+    }
+    panels = [*found.panels, *_ladder_panels(ladder, predicted)]
+    return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels)
+
+
+def _of_plain_training(ladder: Ladder) -> str:
+    low, high = (float(x) for x in ladder.plain_bracket)
+    if np.isnan(high):
+        return f"measured: no rate of the ladder fails, up to {low:.3g}"
+    return f"measured: the first on the ladder; {low:.3g} still trains"
+
+
+def _stability_claim(predicted: float, limit: float) -> Claim:
+    return record.within("loss of stability at ω₀ is at 2/λ_max", predicted, limit, 0.05)
+
+
+def _ladder_panels(ladder: Ladder, predicted: float) -> list[Panel]:
+    rates = np.asarray(ladder.rates)
+    lines = [Line("1/λ_max", predicted / 2), Line("2/λ_max", predicted)]
+    final = np.asarray(ladder.plain_loss)[:, -1]
+    # A run that overflowed has no final loss to draw; it failed, and its point stands at the top.
+    start = float(ladder.plain_loss[0, 0])
+    shown = np.where(np.isfinite(final), np.minimum(final, 100 * start), 100 * start)
+    steps = ladder.plain_loss.shape[1] - 1
+    measured = Line("measured loss of stability", float(ladder.limit))
+    growth = np.asarray(ladder.growth).mean(axis=0)
+    near = (rates > 0.5 * predicted) & (rates < 1.6 * predicted)
+    return [
+        Panel(
+            name="loss_against_rate",
+            title=f"Full-batch gradient descent after {steps} steps, at each rate of the ladder",
+            xlabel="learning rate η",
+            ylabel="loss (clipped at 100 × the initial one)",
+            series=[Series(f"loss after {steps} steps", rates, shown, "line-points")],
+            lines=[*lines, measured, Line("initial loss", start, "y")],
+            xscale="log",
+            yscale="log",
+        ),
+        Panel(
+            name="stability_against_rate",
+            title="Growth of the oscillation about the fixed point ω₀, on the tilted loss",
+            xlabel="learning rate η",
+            ylabel="factor a step",
+            series=[
+                Series("measured, from gradients", rates[near], growth[near], "points"),
+                Series("predicted, ηλ_max − 1", rates[near], 2 * rates[near] / predicted - 1, "line"),
+            ],
+            lines=[*lines[1:], Line("neither grows nor dies", 1.0, "y")],
+        ),
+    ]

@@ -1,0 +1,96 @@
+"""A record's declared panels to figures. Nothing is computed here."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxnet.lab.record import Panel, Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe & Ito's palette, told apart by readers with any colour vision; the yellow is left out.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+STYLES: dict[str, dict[str, Any]] = {
+    "line": {"linestyle": "-"},
+    "dashed": {"linestyle": "--"},
+    "points": {"linestyle": "none", "marker": "o", "markersize": 4},
+    "line-points": {"linestyle": "-", "marker": "o", "markersize": 3.5},
+}
+
+
+def draw(record: Record | Sequence[Panel]) -> dict[str, "Figure"]:
+    """One matplotlib figure a panel.
+
+    Args:
+      record: a `jaxnet.lab.record.Record`, or panels.
+
+    Returns:
+      Panel name -> figure, to be saved with ``figure.savefig(path)``; no window and no global state is touched.
+
+    Raises:
+      ImportError: matplotlib is not installed (extra ``app``).
+    """
+    panels = record.panels if isinstance(record, Record) else record
+    return {panel.name: _draw_panel(panel) for panel in panels}
+
+
+def _draw_panel(panel: Panel) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    if panel.contours is not None:
+        c = panel.contours
+        drawn = axes.contour(c.x, c.y, c.z, levels=_levels(np.asarray(c.z)), colors="0.7", linewidths=0.8)
+        axes.clabel(drawn, fontsize=7, fmt="%.3g")
+        axes.plot([], [], color="0.7", linewidth=0.8, label=c.label)
+    for number, series in enumerate(panel.series):
+        colour = PALETTE[(number if series.colour is None else series.colour) % len(PALETTE)]
+        x, y = np.asarray(series.x), np.asarray(series.y)
+        if series.style == "bars":
+            axes.bar(x, y, width=0.8 * np.min(np.diff(x)) if len(x) > 1 else 0.8, color=colour, label=series.label)
+        else:
+            axes.plot(
+                x,
+                np.where(np.isfinite(y), y, np.nan),
+                color=colour,
+                label=series.label,
+                **STYLES[series.style],
+            )
+    for number, line in enumerate(panel.lines):
+        if not np.isfinite(line.value):
+            continue
+        colour = "0.35" if line.colour is None else PALETTE[line.colour % len(PALETTE)]
+        dash = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))[number % 4] if line.colour is None else "--"
+        (axes.axvline if line.axis == "x" else axes.axhline)(
+            line.value, color=colour, linestyle=dash, linewidth=1.1, label=line.label
+        )
+    # To set a scale, even the linear one that stands, would take the names off an axis of bars.
+    scales = {f"{axis}scale": s for axis, s in (("x", panel.xscale), ("y", panel.yscale)) if s != "linear"}
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, **scales)
+    for axis, scale, values in (
+        (axes.xaxis, panel.xscale, axes.get_xlim()),
+        (axes.yaxis, panel.yscale, axes.get_ylim()),
+    ):
+        # Within two decades the powers of ten alone leave a log axis almost bare.
+        if scale == "log" and values[1] < 100 * values[0]:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+    axes.set_title(panel.title, fontsize=10.5, loc="left")
+    axes.grid(visible=True, which="major", color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
+    return figure
+
+
+def _levels(z: np.ndarray) -> np.ndarray:
+    """Eight levels, closer together near the minimum."""
+    low, high = np.nanmin(z), np.nanmax(z)
+    return low + (high - low) * np.linspace(0.08, 0.98, 8) ** 2

@@ -1,0 +1,82 @@
+"""Records to tables on a terminal and files in a folder."""
+
+import json
+import math
+import pathlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from jaxnet.lab import plots
+from jaxnet.lab.record import Record
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def tables(record: Record) -> "list[Table]":
+    """The record's rows, and its claims with their verdicts, as rich tables."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    found = []
+    if record.rows:
+        table = Table("quantity", "value", "remark", title=record.question, box=SIMPLE_HEAD, title_justify="left")
+        table.columns[1].justify = "right"
+        for name, value, remark in record.rows:
+            table.add_row(name, _number(value), remark)
+        found.append(table)
+    if record.claims:
+        title = None if found else record.question
+        table = Table(
+            "claim",
+            "predicted",
+            "measured",
+            "bound",
+            "verdict",
+            title=title,
+            box=SIMPLE_HEAD,
+            title_justify="left",
+        )
+        for column in table.columns[1:3]:
+            column.justify = "right"
+        for claim in record.claims:
+            verdict = "[green]pass[/]" if claim.passed else "[bold red]MISS[/]"
+            table.add_row(claim.name, _number(claim.predicted), _number(claim.measured), claim.tolerance, verdict)
+        found.append(table)
+    return found
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.5g}"
+    return str(value)
+
+
+def write(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
+    """``record.json`` and one PNG a panel; each file appears whole or not at all. Returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "record.json"
+    _forget_figures(path)
+    partial = path.with_suffix(".partial")
+    partial.write_text(record.to_json() + "\n", encoding="utf-8")
+    partial.replace(path)
+    return [path, *_write_figures(record, folder)]
+
+
+def _forget_figures(path: pathlib.Path) -> None:
+    """Remove the figures of the record that is about to be replaced, so that no two runs' lie side by side."""
+    try:
+        names = [panel["name"] for panel in json.loads(path.read_text(encoding="utf-8"))["panels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in names:
+        (path.parent / pathlib.Path(f"{name}.png").name).unlink(missing_ok=True)
+
+
+def _write_figures(record: Record, folder: pathlib.Path) -> Iterable[pathlib.Path]:
+    for name, figure in plots.draw(record).items():
+        path = folder / f"{name}.png"
+        partial = path.with_suffix(".partial")
+        figure.savefig(partial, format="png")
+        partial.replace(path)
+        yield path

@@ -1,0 +1,208 @@
+"""The spectrum of a task's Hessian: its density, its top eigenvalues, and the sharpness of each layer."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxnet import curvature, learning_rate, training
+from jaxnet.contract import Array, ArrayTree, check_batch_size
+from jaxnet.curvature import Eigenpairs, LinearOperator, SpectralDensity
+from jaxnet.lab import record
+from jaxnet.lab._task import Progress, Task, TaskConfig, keys_of, make_task
+from jaxnet.lab.record import Line, Panel, Record, Series
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectrumConfig(TaskConfig):
+    """Show the eigenvalues of a task's Hessian: how they are spread, the largest of them, and each layer's largest."""
+
+    num_eigenvalues: int = 10
+    """How many of the largest to find one by one."""
+    num_epochs: int = 0
+    """Epochs of training before, by mini-batches at the rate that theory gives."""
+    batch_size: int = 32
+    """Of that training."""
+    num_probes: int = 8
+    """Random vectors of the density."""
+    num_steps: int = 64
+    """Lanczos steps from each."""
+
+
+def stages(config: SpectrumConfig, progress: Progress = lambda words, share: None) -> Iterator[Record]:
+    """The record, growing: the top eigenvalues, then the layers', then the density.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError: before the first yield, if the configuration does not hold together.
+    """
+    if config.num_epochs < 0 or config.num_eigenvalues < 1:
+        raise ValueError("num_epochs: expected 0 or more, and num_eigenvalues: 1 or more")
+    if config.num_probes < 2 or config.num_steps < 1:
+        raise ValueError("num_probes: expected 2 or more, and num_steps: 1 or more")
+    keys = keys_of(config, 5)
+    progress("loading data", 0.0)
+    task = make_task(config, key=keys[0])
+    check_batch_size(config.batch_size, len(task.train[1]))
+    if config.num_eigenvalues > task.num_params:
+        raise ValueError(f"num_eigenvalues: there are {task.num_params} parameters, got {config.num_eigenvalues}")
+    where = "at the initial parameters"
+    params = task.params
+    if config.num_epochs:
+        progress("training", 0.05)
+        params = _trained(config, task, keys[1])
+        where = f"after {config.num_epochs} epochs"
+    batch = task.sample
+    op = curvature.hessian(task.loss, params, batch)
+
+    progress("top eigenvalues", 0.2)
+    found = _with_top(config, task, op, where, keys[2])
+    yield found
+    progress("layers", 0.4)
+    found = _with_layers(found, op, keys[3])
+    yield found
+    progress("density", 0.6)
+    yield _with_density(config, found, op, keys[4])
+    progress("done", 1.0)
+
+
+def _trained(config: SpectrumConfig, task: Task, key: Array) -> ArrayTree:
+    analysis = learning_rate.analyse(task.loss, task.params, task.train, key=key)
+    result = training.fit(
+        task.loss,
+        task.params,
+        task.train,
+        optax.sgd,
+        learning_rate=float(analysis.rate(config.batch_size)),
+        batch_size=config.batch_size,
+        num_epochs=config.num_epochs,
+        key=key,
+    )
+    if result.stopped.reason == "diverged":
+        raise ValueError(f"num_epochs: the training before {result.stopped}")
+    return result.state.params
+
+
+def _with_top(config: SpectrumConfig, task: Task, op: LinearOperator, where: str, key: Array) -> Record:
+    pairs = curvature.eigsh(op, config.num_eigenvalues, key=key)
+    # Relative to itself: after training it may be a thousandth of λ_max, and take hundreds of products.
+    smallest = curvature.eigsh(op, which="SA", tol=1e-2, key=key)
+    examples = len(op.operands[1])
+    rows: list[tuple[str, Any, str]] = [
+        (f"λ_{i}", float(value), f"residual {float(residual):.1g}")
+        for i, (value, residual) in enumerate(zip(pairs.values, pairs.residual_norms, strict=True), start=1)
+    ]
+    rows.append(("λ_min", float(smallest.values[0]), f"residual {float(smallest.residual_norms[0]):.1g}"))
+    rows.append(_spent("largest", pairs))
+    rows.append(_spent("smallest", smallest))
+    index = np.arange(1, config.num_eigenvalues + 1)
+    panel = Panel(
+        name="top_eigenvalues",
+        title=f"The largest eigenvalues of the Hessian, {where}",
+        xlabel="index",
+        ylabel="eigenvalue",
+        series=[Series("λ_i", index, np.asarray(pairs.values), "line-points")],
+        lines=[Line("0", 0.0, "y")],
+    )
+    return Record(
+        name="spectrum",
+        question=(
+            f"What are the Hessian's eigenvalues {where}? {task.words}, {task.num_params} parameters, N = {examples}"
+        ),
+        config=dataclasses.asdict(config),
+        seed=config.seed,
+        dtype=str(jnp.result_type(*jax.tree.leaves(task.params))),
+        measurements={
+            "eigenvalues": pairs.values,
+            "residual_norms": pairs.residual_norms,
+            "smallest": smallest.values[0],
+            "num_examples": examples,
+        },
+        rows=rows,
+        panels=[panel],
+    )
+
+
+def _spent(words: str, pairs: Eigenpairs) -> tuple[str, int, str]:
+    return f"products, {words}", int(pairs.num_matvecs), "converged" if pairs.converged else "NOT converged"
+
+
+def _with_layers(found: Record, op: LinearOperator, key: Array) -> Record:
+    whole = float(found.measurements["eigenvalues"][0])
+    values: dict[str, float] = {}
+    for name, mask in _parts(op.params).items():
+        values[name] = float(curvature.eigsh(curvature.restrict(op, mask), key=key).values[0])
+    rows = [(f"λ_max, {name}", value, f"{value / whole:.0%} of the whole") for name, value in values.items()]
+    # Cauchy's interlacing: a diagonal block's largest eigenvalue is at most the matrix's, each known to 1e-3.
+    claims = [record.below("no part is sharper than the whole", 1.002 * whole, max(values.values()))]
+    panel = Panel(
+        name="sharpness_of_parts",
+        title="Largest eigenvalue of each part's diagonal block",
+        xlabel="part",
+        ylabel="λ_max",
+        series=[Series("", [name], [value], "bars", 0) for name, value in values.items()],
+        lines=[Line("the whole Hessian", whole, "y")],
+    )
+    return dataclasses.replace(
+        found,
+        rows=[*found.rows, *rows],
+        claims=claims,
+        measurements={**found.measurements, "parts": values},
+        panels=[*found.panels, panel],
+    )
+
+
+def _parts(params: ArrayTree) -> dict[str, Any]:
+    """A mask for each entry of params that holds arrays; of several layers, another for all weights without biases."""
+    children, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is not params)
+    only = lambda chosen: jax.tree.unflatten(structure, [i == chosen for i in range(len(children))])
+    filled = [i for i, (_, child) in enumerate(children) if jax.tree.leaves(child)]
+    masks = {f"params{jax.tree_util.keystr(children[i][0])}": only(i) for i in filled}
+    kernels = jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
+    if any(jax.tree.leaves(kernels)) and not all(jax.tree.leaves(kernels)):
+        masks["weights without biases"] = kernels
+    return masks
+
+
+def _with_density(config: SpectrumConfig, found: Record, op: LinearOperator, key: Array) -> Record:
+    density = curvature.spectral_density(op, key=key, num_probes=config.num_probes, num_steps=config.num_steps)
+    n = sum(x.size for x in jax.tree.leaves(op.params))
+    mean, error = (n * float(x) for x in density.mean(density.nodes))
+    flat, _ = density.cumulative(jnp.array([-1e-3, 1e-3]) * found.measurements["eigenvalues"][0], 1e-9)
+    rows = [
+        *found.rows,
+        ("trace", mean, f"± {error:.2g}, from {density.num_matvecs} products"),
+        ("flat directions", float(flat[1] - flat[0]), "share of eigenvalues within 1e-3 λ_max of 0"),
+    ]
+    measurements = {**found.measurements, "trace": mean, "trace_error": error, **dataclasses.asdict(density)}
+    panel = _density_panel(density, found, n)
+    return dataclasses.replace(found, rows=rows, measurements=measurements, panels=[*found.panels, panel])
+
+
+def _density_panel(density: SpectralDensity, found: Record, n: int) -> Panel:
+    tops = np.asarray(found.measurements["eigenvalues"])
+    low, high = min(float(density.nodes.min()), 0.0), max(float(density.nodes.max()), float(tops[0]))
+    width = max(high - low, 1e-30) / 150
+    points = np.linspace(low - 4 * width, high + 4 * width, 800)
+    mean, error = (n * np.asarray(x) for x in density.density(jnp.asarray(points, density.nodes.dtype), width))
+    single = 1 / (width * np.sqrt(2 * np.pi))
+    # Below a hundredth of one eigenvalue's peak there is nothing to see on a log axis.
+    shown = lambda y: np.where(y > single / 100, y, np.nan)
+    probes = density.nodes.shape[0]
+    return Panel(
+        name="spectral_density",
+        title=f"Density of the Hessian's {n} eigenvalues, smoothed by {width:.2g}",
+        xlabel="eigenvalue",
+        ylabel="eigenvalues per unit",
+        series=[
+            Series(f"mean of {probes} random probes", points, shown(mean), "line", 0),
+            Series("95 % band of that mean", points, shown(mean + 1.96 * error), "dashed", 0),
+            Series("", points, shown(mean - 1.96 * error), "dashed", 0),
+            Series("peak of each of the largest, one by one", tops, np.full(len(tops), single), "points", 1),
+        ],
+        lines=[Line("λ_min", float(found.measurements["smallest"]))],
+        yscale="log",
+    )

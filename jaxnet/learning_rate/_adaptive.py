@@ -1,0 +1,161 @@
+"""The learning rate from λ_max while training runs, as an optax transformation."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxnet import contract
+from jaxnet.contract import Array, ArrayTree
+from jaxnet.curvature import LinearOperator
+from jaxnet.curvature._eigsh import find, make_plan
+
+# A rate needs λ_max to so much, no more.
+_TOLERANCE = 0.05
+# A gradient that has grown by this factor since the last check calls for another at once.
+_JUMP = 2.0
+
+
+class ScaleBySharpnessState(NamedTuple):
+    """The state of `scale_by_sharpness`.
+
+    Attributes:
+      rate: the factor of the last updates, fraction/λ_max.
+      sharpness: λ_max at the last check; NaN before the first.
+      vector: its eigenvector, like params, from which the next check starts.
+      num_matvecs: Hessian products spent in all.
+      num_checks: checks in all.
+      since: updates since the last check, and
+      norm: the norm of the incoming updates at it.
+    """
+
+    rate: Array
+    sharpness: Array
+    vector: ArrayTree
+    num_matvecs: Array
+    num_checks: Array
+    since: Array
+    norm: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """Hv = ∂/∂ε g(ω + εv) of a loss that is known by its value only."""
+
+    value_fn: Callable[[ArrayTree], Array]
+
+    def __call__(self, params: ArrayTree, operands: Any, v: ArrayTree) -> ArrayTree:
+        return jax.jvp(jax.grad(self.value_fn), (params,), (v,))[1]
+
+
+def scale_by_sharpness(
+    *, key: Array, fraction: Array | float, every: int = 10
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply updates by η = fraction/λ_max, sign kept, with λ_max of the loss's Hessian where training is.
+
+    λ_max is found at the first update, at every ``every``-th after a check, and at once when the incoming updates are
+    twice as long as at the last check; each time from the last eigenvector, which takes about 3 products. Between
+    checks η stays. Where nothing curves upwards it stays too, and before any curvature is seen it is
+    fraction/|λ_max|, or 0 where that is 0 or not finite.
+
+    It works in any loop that passes ``value_fn`` to ``update``, as optax's line searches want it, under `jax.jit` and
+    in `lax.scan`: the loss as a function of the params, on the data whose curvature should decide. With a mini-batch's
+    that is the mini-batch's curvature, whose λ_max is larger than that of all data.
+
+    Args:
+      key: a `jax.random.key` for the start vectors.
+      fraction: of 1/λ_max; gradient descent is stable below 2, momentum β below 2 + 2β.
+      every: updates a check.
+
+    Returns:
+      An optax transformation with a `ScaleBySharpnessState`.
+
+    Raises:
+      ValueError: a number is out of range; or, at an update, there are no ``params`` or no ``value_fn``.
+
+    Reference:
+      LeCun, Simard & Pearlmutter, "Automatic Learning Rate Maximization by On-Line Estimation of the Hessian's
+      Eigenvectors", NIPS 1992.
+    """
+    if isinstance(fraction, (int, float)) and not 0 < fraction < float("inf"):
+        raise ValueError(f"fraction: expected positive and finite, got {fraction}")
+    if every < 1:
+        raise ValueError(f"every: expected 1 or more, got {every}")
+
+    def init(params: ArrayTree) -> ScaleBySharpnessState:
+        contract.check_params(params)
+        zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
+        vector = optax.tree.zeros_like(params)
+        return ScaleBySharpnessState(zero, jnp.full((), jnp.nan), vector, none, none, none, zero)
+
+    def update(
+        updates: ArrayTree, state: ScaleBySharpnessState, params: ArrayTree | None = None, *,
+        value_fn: Callable[[ArrayTree], Array] | None = None, **others: Any,
+    ) -> tuple[ArrayTree, ScaleBySharpnessState]:  # fmt: skip
+        del others
+        if params is None or value_fn is None:
+            raise ValueError(
+                "value_fn: expected the loss as a function of params, whose curvature decides, and params: "
+                "optimizer.update(grads, state, params, value_fn=lambda params: loss(params, batch))"
+            )
+        op = LinearOperator(_Product(value_fn), params, ())
+        norm = optax.tree.norm(updates).astype(state.norm.dtype)
+
+        def check(state: ScaleBySharpnessState) -> ScaleBySharpnessState:
+            start_key = jax.random.fold_in(key, state.num_checks)
+            found, _ = find(op, state.vector, start_key, _TOLERANCE, make_plan(op, 1, "LA", None, None, True))
+            value = found.values[0].astype(state.sharpness.dtype)
+            known = jnp.isfinite(value) & (value != 0)
+            wanted = fraction / jnp.abs(jnp.where(known, value, 1))
+            return ScaleBySharpnessState(
+                rate=jnp.where(known & ((state.rate == 0) | (value > 0)), wanted, state.rate),
+                sharpness=value,
+                vector=jax.tree.map(lambda x: jnp.where(known, x[0], 0), found.vectors),
+                num_matvecs=state.num_matvecs + found.num_matvecs,
+                num_checks=state.num_checks + 1,
+                since=jnp.zeros_like(state.since),
+                norm=norm,
+            )
+
+        due = (state.num_checks == 0) | (state.since >= every) | (norm > _JUMP * state.norm)
+        state = lax.cond(due, check, lambda state: state, state)
+        scaled = jax.tree.map(lambda u: (state.rate * u).astype(u.dtype), updates)
+        return scaled, state._replace(since=state.since + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def sharpness_sgd(
+    *, key: Array, fraction: Array | float = 1.9, every: int = 10, momentum: float = 0.9, nesterov: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Gradient descent with momentum whose rate is fraction/λ_max all along: nothing to tune.
+
+    Args:
+      key: a `jax.random.key`, as for `scale_by_sharpness`.
+      fraction: of 1/λ_max, below 2 + 2β, or (2 + 2β)/(1 + 2β) for Nesterov, where it would lose stability. The default
+        is half of that, as 1/λ_max is for gradient descent.
+      every: updates a check.
+      momentum: β in [0, 1).
+      nesterov: whether the momentum is Nesterov's.
+
+    Returns:
+      An optax optimizer, whose ``update`` needs ``value_fn``; the first part of its state is the
+      `ScaleBySharpnessState`.
+
+    Raises:
+      ValueError: a number is out of range.
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
+    limit = (2 + 2 * momentum) / (1 + 2 * momentum if nesterov else 1)
+    if isinstance(fraction, (int, float)) and not 0 < fraction < limit:
+        raise ValueError(f"fraction: expected between 0 and {limit:.3g}, the limit of stability, got {fraction}")
+    return optax.chain(
+        scale_by_sharpness(key=key, fraction=fraction, every=every),
+        optax.trace(momentum, nesterov) if momentum else optax.identity(),
+        optax.scale(-1.0),
+    )

@@ -1,0 +1,292 @@
+"""The learning-rate range test: the loss while the rate rises, and what is commonly read off it, beside the theory."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxnet import contract
+from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, check_batch_size
+from jaxnet.data import reshuffled
+from jaxnet.learning_rate._analysis import Analysis, analyse
+from jaxnet.training import TrainState, init_state, make_update
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RangeTest:
+    """The curve of a range test over R rates, and the rates that it and the theory suggest.
+
+    A suggestion without a meaning is NaN: no minimum inside the curve, no fall, another optimizer than plain SGD.
+
+    Attributes:
+      rates: (R,) ascending η.
+      loss: (R,) after the steps at each rate, each on the batch of the next step.
+      smoothed: (R,) the debiased exponential mean of ``loss``; NaN from ``diverged`` on.
+      start_loss: before the first step.
+      diverged: the index of the first rate at which the test had diverged, R if it did not; no suggestion looks at it.
+      steepest: where ``smoothed`` falls fastest against log η on the way to its minimum.
+      tenth_of_minimum: a tenth of the rate at its minimum.
+      valley: the middle, on the log axis, of its longest decreasing subsequence.
+      optimal: 1/λ_max at the start, for the full batch.
+      maximal: 2/λ_max at the start, for the full batch.
+      derived: η(B), the theory's rate at the start for batches of this size.
+      batch_size: B, None for the full batch.
+    """
+
+    rates: Array
+    loss: Array
+    smoothed: Array
+    start_loss: Array
+    diverged: Array
+    steepest: Array
+    tenth_of_minimum: Array
+    valley: Array
+    optimal: Array
+    maximal: Array
+    derived: Array
+    batch_size: int | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def suggestions(self) -> dict[str, Array]:
+        """Name -> rate: three read off the curve, then those of the theory."""
+        derived = {} if self.batch_size is None else {f"η(B = {self.batch_size})": self.derived}
+        return {
+            "steepest": self.steepest,
+            "minimum/10": self.tenth_of_minimum,
+            "valley": self.valley,
+            "1/λ_max": self.optimal,
+            "2/λ_max": self.maximal,
+            **derived,
+        }
+
+    @property
+    def diverged_rate(self) -> Array:
+        """The rate at ``diverged``; NaN if the test did not diverge."""
+        return jnp.append(self.rates, jnp.nan)[self.diverged]
+
+    def rows(self) -> list[tuple[str, Any, str]]:
+        """The lines of its table: (quantity, value, remark)."""
+        remarks = {
+            "steepest": ("curve: the loss falls fastest", "the loss never falls"),
+            "minimum/10": ("curve: a tenth of the lowest point's rate", "its minimum is at an end of the rates"),
+            "valley": ("curve: the middle of the longest descent", "the loss never falls"),
+            "1/λ_max": ("theory at the start: full batch, optimal", _NOT_PLAIN),
+            "2/λ_max": ("theory at the start: full batch, limit of stability", _NOT_PLAIN),
+        }
+        of_batch = ("theory at the start: from the gradient's noise", _NOT_PLAIN)
+        rows: list[tuple[str, Any, str]] = []
+        for name, value in self.suggestions.items():
+            known, unknown = remarks.get(name, of_batch)
+            rows.append((name, float(value), known if np.isfinite(value) else f"no figure: {unknown}"))
+        end = float(self.diverged_rate)
+        lasted = "the curve ends here" if np.isfinite(end) else "no figure: it did not, up to the last rate"
+        return [*rows, ("diverged at", end, lasted)]
+
+    def __str__(self) -> str:
+        """The table as plain text."""
+        return "\n".join(f"{name:24} {value:12.5g}  {remark}" for name, value, remark in self.rows())
+
+
+_NOT_PLAIN = "it holds for plain SGD, u = −ηg, only"
+
+
+def range_test(
+    loss: Loss,
+    start: ArrayTree | TrainState,
+    data: ArrayTree,
+    make_optimizer: MakeOptimizer,
+    *,
+    learning_rates: ArrayLike,
+    batch_size: int | None,
+    key: Array,
+    steps_per_rate: int = 1,
+    smoothing: float = 0.8,
+    analysis: Analysis | None = None,
+) -> RangeTest:
+    """Train while the rate rises from step to step, and read rates off the loss; beside them, the theory's.
+
+    The loss L_i that stands at rate η_i is the one *after* the steps at η_i, on the batch of the next step.
+    It is smoothed to the debiased exponential mean S_i = Σ_j β^|i−j| L_j / Σ_j β^|i−j|, the start's loss among the L_j:
+    from both sides, since a mean over the past alone lags by up to β/(1−β) rates, and suggests larger ones. The test
+    has diverged where L_i is not finite, or its mean over the past is above 4 × the best so far; nothing is read off
+    from there on. All steps run in one compiled scan, which other rates and params do not compile again.
+
+    What is read off the curve depends on the range of rates and on noise; the theory's rates are those of the start.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
+      start: params, or a `TrainState` to begin from; neither is changed.
+      data: a pytree of arrays with a leading axis N; reshuffled each epoch, a last batch that is smaller left out.
+      make_optimizer: the maker, such as `optax.sgd`, called with the rate at each step; its state is carried along.
+      learning_rates: (R,) ascending, such as ``np.geomspace(1e-4, 10, 100)``.
+      batch_size: B, or None for the full batch.
+      key: a `jax.random.key` for the order and for `analyse`.
+      steps_per_rate: k; L_i is then the mean after each of the k steps.
+      smoothing: β in [0, 1); 0 does not smooth.
+      analysis: of `analyse` at this start; computed here on all of the data if not given.
+
+    Returns:
+      A `RangeTest`; printed, it is a table.
+
+    Raises:
+      TypeError, ValueError: an argument does not fit the contract or is out of range; or, without ``analysis``,
+        there is no positive curvature, so that no rate follows from it.
+
+    Reference:
+      Smith, "Cyclical Learning Rates for Training Neural Networks", WACV 2017, section 3.3; steepest, minimum/10 and
+      valley after what fastai's ``lr_find`` suggests.
+    """
+    n = contract.num_examples(data)
+    if batch_size is not None:
+        batch_size = check_batch_size(batch_size, n)
+    if steps_per_rate < 1:
+        raise ValueError(f"steps_per_rate: expected 1 or more, got {steps_per_rate}")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing: expected a number in [0, 1), got {smoothing}")
+    params = start.params if isinstance(start, TrainState) else start
+    contract.check(loss, params, data)
+    rates = _check_rates(learning_rates, params)
+    fresh = init_state(params, make_optimizer(rates[0]))
+    state = start if isinstance(start, TrainState) else fresh
+    structures: list[Any] = [jax.tree.structure(s.opt_state) for s in (fresh, state)]
+    if structures[0] != structures[1]:
+        raise ValueError("start: its opt_state belongs to another optimizer; pass the same maker, or start.params")
+    order_key, analysis_key = jax.random.split(key)
+    first, after = _train(loss, make_optimizer, state, rates, data, order_key, batch_size, steps_per_rate)
+    diverged, smoothed = _smooth(first, after, smoothing)
+    found = analyse(loss, params, data, key=analysis_key) if analysis is None else analysis
+    plain = _descends_plainly(make_optimizer, params)
+    optimal, maximal, derived = (
+        jnp.where(plain, rate, jnp.nan) for rate in (found.optimal, found.maximal, found.rate(batch_size))
+    )
+    steepest, tenth, valley = _suggest(rates, smoothed, diverged)
+    return RangeTest(
+        rates, after, smoothed, first, diverged, steepest, tenth, valley, optimal, maximal, derived, batch_size
+    )
+
+
+def _check_rates(rates: ArrayLike, params: ArrayTree) -> Array:
+    dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        values = np.asarray(rates, np.float64).astype(dtype)
+    if values.ndim != 1 or len(values) < 2 or not (values > 0).all() or not (np.diff(values) > 0).all():
+        raise ValueError(
+            f"learning_rates: expected 2 or more positive numbers in ascending order, got {rates} in {dtype}"
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"learning_rates: expected finite numbers in {dtype}, got {rates}")
+    return jnp.asarray(values)
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "make_optimizer", "batch_size", "steps_per_rate"))
+def _train(
+    loss: Loss,
+    make_optimizer: MakeOptimizer,
+    state: TrainState,
+    rates: Array,
+    data: ArrayTree,
+    key: Array,
+    batch_size: int | None,
+    steps_per_rate: int,
+) -> tuple[Array, Array]:
+    """The loss at the start, and (R,) the mean loss after the steps at each rate."""
+    num_steps = rates.size * steps_per_rate
+    # One batch more than steps: what a step did is seen on the next.
+    batches = _batches(key, contract.num_examples(data), batch_size, num_steps + 1)
+    batch_of = lambda rows: data if batch_size is None else jax.tree.map(lambda x: x[rows], data)
+
+    def step(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Array]:
+        rate, rows = inputs
+        state = state._replace(opt_state=_with_rate(state.opt_state, rate))
+        state, metrics = make_update(loss, make_optimizer(rate))(state, batch_of(rows))
+        return state, metrics["loss"]
+
+    of_step = jnp.repeat(rates, steps_per_rate)
+    state, before = lax.scan(step, state, (of_step, batches[:-1]))
+    after = jnp.append(before[1:], loss(state.params, batch_of(batches[-1])))
+    return before[0], after.reshape(-1, steps_per_rate).mean(axis=1)
+
+
+def _batches(key: Array, n: int, batch_size: int | None, count: int) -> Array:
+    """(count, B) indices: the whole batches of each epoch, one epoch after the other; none for the full batch."""
+    if batch_size is None:
+        return jnp.zeros((count, 0), jnp.int32)
+    per_epoch = n // batch_size
+    epochs = jnp.arange(-(-count // per_epoch))
+    rows = jax.vmap(lambda epoch: reshuffled(key, epoch, n)[: per_epoch * batch_size])(epochs)
+    return rows.reshape(-1, batch_size)[:count]
+
+
+def _with_rate(opt_state: Any, rate: Array) -> Any:
+    # optax.inject_hyperparams keeps the rate in its state, where a new maker does not reach it.
+    held = lambda path, _: any(getattr(entry, "name", None) == "hyperparams" for entry in path)
+    names = [path for path, _ in optax.tree.get_all_with_path(opt_state, "learning_rate", held)]
+    return optax.tree.set(opt_state, held, learning_rate=rate) if names else opt_state
+
+
+@jax.jit
+def _smooth(first: Array, after: Array, smoothing: Array | float) -> tuple[Array, Array]:
+    """The index at which the losses after the first have diverged, and S up to there."""
+    values = jnp.append(first, after)
+    index, known = jnp.arange(values.size), jnp.isfinite(values)
+    weights = smoothing ** jnp.abs(index - index[:, None])
+    mean = lambda weights: weights @ jnp.where(known, values, 0) / weights.sum(axis=1)
+    so_far = mean(jnp.tril(weights))
+    best = lax.cummin(so_far)
+    # 4 × the best, in words that hold for a loss below 0 too.
+    bad = ~known | (so_far > best + 3 * jnp.abs(best))
+    end = jnp.where(bad.any(), jnp.argmax(bad), values.size)
+    smoothed = jnp.where(index < end, mean(jnp.where(index < end, weights, 0)), jnp.nan)
+    return jnp.maximum(end - 1, 0), smoothed[1:]
+
+
+@jax.jit
+def _suggest(rates: Array, smoothed: Array, diverged: Array) -> tuple[Array, Array, Array]:
+    """Steepest, minimum/10 and valley of the curve before it diverged."""
+    index = jnp.arange(rates.size)
+    curve = jnp.where(index < diverged, smoothed, jnp.inf)
+    lowest = jnp.argmin(curve)
+    slope = jnp.where(index[1:] <= lowest, jnp.diff(smoothed) / jnp.diff(jnp.log(rates)), 0)
+    fastest = jnp.argmin(slope)
+    # A minimum at an end of the rates is the range's, not the loss's.
+    inside = (lowest > 0) & (lowest < rates.size - 1)
+    begin, end = _longest_descent(curve)
+    return (
+        jnp.where(slope[fastest] < 0, rates[fastest + 1], jnp.nan),
+        jnp.where(inside, rates[lowest] / 10, jnp.nan),
+        jnp.where(begin < end, jnp.sqrt(rates[begin] * rates[end]), jnp.nan),
+    )
+
+
+def _longest_descent(curve: Array) -> tuple[Array, Array]:
+    """The ends of the longest subsequence that falls: ℓ_i = 1 + max ℓ_j over j < i with curve_j > curve_i."""
+    index = jnp.arange(curve.size)
+
+    def extend(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], None]:
+        length, begin = carry
+        before = jnp.where((index < i) & (curve > curve[i]), length, 0)
+        j = jnp.argmax(before)
+        return (length.at[i].add(before[j]), begin.at[i].set(jnp.where(before[j] > 0, begin[j], i))), None
+
+    (length, begin), _ = lax.scan(extend, (jnp.ones_like(index), index), index)
+    end = jnp.argmax(length)
+    return begin[end], end
+
+
+@functools.partial(jax.jit, static_argnames="make_optimizer")
+def _descends_plainly(make_optimizer: MakeOptimizer, params: ArrayTree) -> Array:
+    """Whether the optimizer is plain SGD: two steps on a plane ⟨c, ω⟩ end at ω₀ − 2ηc."""
+    plane = jax.tree.map(lambda x: jnp.sin(1 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+    optimizer = make_optimizer(1.0)
+    update = make_update(lambda p, c: optax.tree.vdot(p, c), optimizer)
+    state = init_state(jax.tree.map(jnp.ones_like, params), optimizer)
+    for _ in range(2):
+        state, _ = update(state, plane)
+    return optax.tree.allclose(state.params, jax.tree.map(lambda c: 1 - 2 * c, plane), 1e-2, 1e-2)

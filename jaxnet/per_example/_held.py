@@ -1,0 +1,155 @@
+"""The N gradients of every leaf of the params, held by factors where they can be."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnet import contract
+from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.per_example import _taps
+from jaxnet.per_example._leaves import Factored, Formed, Leaves, Stacked, at_once, factored
+from jaxnet.per_example._taps import Tap
+
+# Leaves of so many numbers are carried as they are, N copies of them: biases and scales.
+_SMALL = 4096
+# The Gram matrix comes in at most so many bands, of so many rows at least; more would only take longer to compile.
+_BANDS, _BAND = 4, 256
+
+Factors = tuple[Any, ...]
+"""For each leaf that is one product's kernel ``(a (N, S, T, d), δ (N, S, T, p))``, for a small one its gradients
+``(N, ...)``, for any other None."""
+
+
+Group = Factored | Stacked | Formed
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """The gradients of some examples, by their factors."""
+
+    loss: Loss
+    params: ArrayTree
+    batch: ArrayTree
+    factors: Factors
+
+    @property
+    def _groups(self) -> list[tuple[list[int], Group]]:
+        """Leaves that are held alike, by their positions."""
+        leaves = jax.tree.leaves(self.params)
+        found = _taps.trace(self.loss, self.params, self.batch)
+        groups: list[tuple[list[int], Group]] = []
+        for i, (leaf, tap, held) in enumerate(zip(leaves, found.taps, self.factors, strict=True)):
+            if isinstance(held, tuple) and isinstance(tap, Tap):
+                like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+                groups.append(([i], factored(held[0], held[1], tap.matrix, like)))
+        small = [i for i, held in enumerate(self.factors) if isinstance(held, jax.Array)]
+        if small:
+            groups.append(
+                (small, Formed(tuple(self.factors[i] for i in small), lambda g: g, contract.num_examples(self.batch)))
+            )
+        others = [i for i, held in enumerate(self.factors) if held is None]
+        if others:
+            size = sum(leaves[i].size for i in others)
+            groups.append((others, Formed(self.batch, jax.vmap(self._gradient_of(others)), at_once(size))))
+        return groups
+
+    def _gradient_of(self, chosen: list[int]) -> Callable[[ArrayTree], Leaves]:
+        leaves, structure = jax.tree.flatten(self.params)
+
+        def one(some: Leaves, example: ArrayTree) -> Array:
+            replaced = list(leaves)
+            for i, leaf in zip(chosen, some, strict=True):
+                replaced[i] = leaf
+            return self.loss(jax.tree.unflatten(structure, replaced), jax.tree.map(lambda x: x[None], example))
+
+        return lambda example: jax.grad(one)(tuple(leaves[i] for i in chosen), example)
+
+    def _gather(self, method: Callable[[Group, Leaves], Leaves], tree: ArrayTree | None = None) -> ArrayTree:
+        """Of a method that gives something for each leaf: a pytree like params."""
+        leaves, structure = jax.tree.flatten(self.params)
+        given = leaves if tree is None else jax.tree.leaves(tree)
+        result: list[Any] = [None] * len(leaves)
+        for chosen, group in self._groups:
+            for i, x in zip(chosen, method(group, tuple(given[i] for i in chosen)), strict=True):
+                result[i] = x
+        return jax.tree.unflatten(structure, result)
+
+    def _total(self, method: Callable[[Group, Leaves], Array], tree: ArrayTree | None = None) -> Array:
+        """Of a method that gives one array for each group of leaves: their sum."""
+        given = jax.tree.leaves(self.params if tree is None else tree)
+        return sum((method(g, tuple(given[i] for i in chosen)) for chosen, g in self._groups), start=jnp.zeros(()))
+
+    def squares(self) -> ArrayTree:
+        """‖g_n‖² of each leaf, (N,)."""
+        return self._gather(lambda group, _: group.squares())
+
+    def vdot(self, tree: ArrayTree) -> Array:
+        """g_n·v, (N,)."""
+        return self._total(lambda group, v: group.vdot(v), tree)
+
+    def weighted_sum(self, weights: Array) -> ArrayTree:
+        """Σ w_n g_n, like params."""
+        return self._gather(lambda group, _: group.weighted_sum(weights))
+
+    def sum_of_squares(self) -> ArrayTree:
+        """Σ g_n², like params."""
+        return self._gather(lambda group, _: group.sum_of_squares())
+
+    def squared_distances(self, tree: ArrayTree) -> Array:
+        """‖g_n − v‖², (N,)."""
+        return self._total(lambda group, v: group.deviations(v)[0], tree)
+
+    def sum_of_deviations(self, tree: ArrayTree) -> ArrayTree:
+        """Σ (g_n − v)², like params."""
+        return self._gather(lambda group, v: group.deviations(v)[1], tree)
+
+    def gram(self) -> Array:
+        """g_n·g_m, (N, N), of which only the blocks on and above the diagonal are found."""
+        n = contract.num_examples(self.batch)
+        # What must be formed anew for each block is taken whole.
+        size = n if any(held is None for held in self.factors) else max(_BAND, -(-n // _BANDS))
+        starts = range(0, n, size)
+        groups = [group for _, group in self._groups]
+        bands: list[list[Any]] = [[group.rows(start, start + size) for group in groups] for start in starts]
+        block = lambda i, j: sum((x.products(y) for x, y in zip(bands[i], bands[j], strict=True)), jnp.zeros(()))
+        count = range(len(starts))
+        upper = {(i, j): block(i, j) for i in count for j in count if i <= j}
+        return jnp.block([[upper[i, j] if i <= j else upper[j, i].T for j in count] for i in count])
+
+    def dense(self) -> ArrayTree:
+        """All g_n, leaves (N, ...)."""
+        return self._gather(lambda group, _: group.dense())
+
+
+def hold(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Factors:
+    """The factors of the examples' gradients, by one backward pass with respect to a zero at each kernel's output."""
+    contract.check(loss, params, batch)
+    found, leaves = _taps.trace(loss, params, batch), jax.tree.leaves(params)
+    tapped = {i: tap for i, tap in enumerate(found.taps) if isinstance(tap, Tap)}
+    small = [i for i, leaf in enumerate(leaves) if i not in tapped and leaf.size <= _SMALL]
+
+    def one(example: ArrayTree) -> tuple[dict[int, Any], dict[int, Array]]:
+        def value(epsilons: dict[int, Array], carried: dict[int, Array]) -> tuple[Array, dict[int, Array]]:
+            replaced = [carried.get(i, leaf) for i, leaf in enumerate(leaves)]
+            return found.evaluate(replaced, example, epsilons)
+
+        epsilons = {i: jnp.zeros(tap.output.shape, tap.output.dtype) for i, tap in tapped.items()}
+        (deltas, carried), others = jax.grad(value, argnums=(0, 1), has_aux=True)(
+            epsilons, {i: leaves[i] for i in small}
+        )
+        return {i: tap.rows(others[i], deltas[i]) for i, tap in tapped.items()}, carried
+
+    factors, carried = jax.vmap(one)(batch)
+    return tuple({**factors, **carried}.get(i) for i in range(len(leaves)))
+
+
+def words(tap: Tap | str, held: Any) -> str:
+    """How a leaf's gradients are held, and why."""
+    if isinstance(held, tuple) and isinstance(tap, Tap):
+        _, layers, steps, _ = held[0].shape
+        return f"factors of {tap.words}, {f'S = {layers}, ' if layers > 1 else ''}T = {steps}"
+    why = tap if isinstance(tap, str) else tap.words
+    return f"carried: small; {why}" if held is not None else f"vmap(grad): {why}"

@@ -1,0 +1,98 @@
+"""How noisy a mini-batch's gradient is, measured from the gradients of single examples."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxnet import contract, dataset
+from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.per_example._gradients import gradients
+from jaxnet.per_example._streamed import StreamedGradients
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoiseScale:
+    """The gradient's noise against its size.
+
+    Attributes:
+      value: B_simple = S/|G|², the batch size at which a mini-batch's noise is as large as the gradient.
+      standard_error: of ``value``, by the delete-one jackknife.
+      trace: S = Σ|g_n − ḡ|²/(N − 1), the trace of the examples' covariance.
+      gradient_squared: |G|² = |ḡ|² − S/N, unbiased for the distribution that the examples were drawn from; it
+        can come out negative.
+      mean_squared: |ḡ|², exact for these examples.
+      resolved: whether |G|² is above twice its own standard error; otherwise ``value`` means nothing.
+    """
+
+    value: Array
+    standard_error: Array
+    trace: Array
+    gradient_squared: Array
+    mean_squared: Array
+    resolved: Array
+
+
+def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
+    """B_simple = S/|G|²: a ratio of two unbiased averages over the examples.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
+      params: the point at which the gradients are taken.
+      batch: N >= 3 examples, a sample of the distribution meant; or a data set in batches that does not fit memory: a
+        list of batches or a data loader, gone through four times.
+
+    Returns:
+      A `NoiseScale`, with its standard error.
+
+    Raises:
+      ValueError: N is below 3, too few for a spread and its error.
+
+    Reference:
+      McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training", 2018, eqs. 2.9 and A.2.
+    """
+    if dataset.on_host(dataset.of(batch)):
+        streamed = StreamedGradients(loss, params, batch)
+        mean = streamed.mean()
+        return _from_deviations(mean, streamed.distances(mean), streamed.vdot(mean))
+    _check_number(contract.num_examples(batch))
+    return _noise_scale(loss, params, batch)
+
+
+def _check_number(n: int) -> None:
+    if n < 3:
+        raise ValueError(f"batch: the noise scale needs 3 examples or more, got {n}: one alone shows no noise")
+
+
+@jax.jit(static_argnames="loss")
+def _noise_scale(loss: Loss, params: ArrayTree, batch: ArrayTree) -> NoiseScale:
+    grads = gradients(loss, params, batch)
+    mean = grads.mean()
+    return _from_deviations(mean, grads.distances(mean), grads.vdot(mean))
+
+
+@jax.jit
+def _from_deviations(mean: ArrayTree, distances: Array, along: Array) -> NoiseScale:
+    """From |g_n − ḡ|, not |g_n|: |g_n|² − |ḡ|² would cancel where the gradients are alike."""
+    n = distances.size
+    _check_number(n)
+    mean_squared = optax.tree.norm(mean, squared=True)
+    squares, along = jnp.square(distances), along - mean_squared
+    trace = squares.sum() / (n - 1)
+    gradient_squared = mean_squared - trace / n
+    # The same two numbers with each example left out in turn, in closed form.
+    mean_without = mean_squared - 2 * along / (n - 1) + squares / (n - 1.0) ** 2
+    trace_without = (squares.sum() - squares * (n / (n - 1))) / (n - 2)
+    squared_without = mean_without - trace_without / (n - 1)
+    deviation = lambda x: jnp.sqrt((n - 1) / n * jnp.square(x - x.mean()).sum())
+    return NoiseScale(
+        value=trace / gradient_squared,
+        standard_error=deviation(trace_without / squared_without),
+        trace=trace,
+        gradient_squared=gradient_squared,
+        mean_squared=mean_squared,
+        resolved=gradient_squared > 2 * deviation(squared_without),
+    )

@@ -1,0 +1,31 @@
+import numpy as np
+import pytest
+
+from jaxnet.lab.experiments import batch_size
+
+
+@pytest.fixture(scope="module")
+def found():
+    return batch_size.run(seed=1, batch_sizes=(8, 64, 512), num_epochs=(1,), num_runs=1)
+
+
+def test_every_claim_holds(found):
+    assert [claim.name for claim in found.claims if not claim.passed] == []
+    assert [panel.name for panel in found.panels] == ["best_rate", "steps", "examples"]
+
+
+def test_steps_fall_as_one_over_b_until_the_critical_size(found):
+    steps = found.measurements["steps"]
+    assert 2.5 < steps[0] / steps[1] <= 8
+    assert steps[1] / steps[2] < 4
+
+
+def test_ten_different_examples_bounce_less_than_ten_copies(found):
+    """About a tenth: the noise is that of a mean of ten."""
+    alike = found.measurements["alike"]
+    np.testing.assert_allclose(alike["copies"]["mean"] / alike["distinct"]["mean"], 10, rtol=0.25)
+
+
+def test_the_parabola_finds_a_minimum_between_grid_points():
+    x = np.arange(9.0)
+    np.testing.assert_allclose(batch_size._lowest((x - 4.3) ** 2), 4.3)
