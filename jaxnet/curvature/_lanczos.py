@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxnet.contract import Array, ArrayTree
@@ -87,16 +86,6 @@ def combine(basis: ArrayTree, coefficients: Array) -> ArrayTree:
         return mixed.reshape(*c.shape[1:], *q.shape[1:])
 
     return jax.tree.map(leaf, basis)
-
-
-def random_like(key: Array, v: ArrayTree) -> ArrayTree:
-    """A standard normal vector with the structure of ``v``."""
-    leaves, structure = jax.tree.flatten(v)
-    # One draw for all leaves: XLA takes longer to compile a generator than to run it.
-    flat = jax.random.normal(key, (sum(x.size for x in leaves),), _dtype(v))
-    ends = np.cumsum([x.size for x in leaves])
-    parts = [flat[end - x.size : end].reshape(x.shape).astype(x.dtype) for x, end in zip(leaves, ends, strict=True)]
-    return jax.tree.unflatten(structure, parts)
 
 
 def _generic_like(v: ArrayTree, seed: Array | int) -> ArrayTree:

@@ -146,7 +146,7 @@ def hold(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Factors:
     return tuple({**factors, **carried}.get(i) for i in range(len(leaves)))
 
 
-def words(tap: Tap | str, held: Any) -> str:
+def described(tap: Tap | str, held: Any) -> str:
     """How a leaf's gradients are held, and why."""
     if isinstance(held, tuple) and isinstance(tap, Tap):
         _, layers, steps, _ = held[0].shape
