@@ -38,6 +38,7 @@ class _HessianProduct:
     def __call__(self, batch: ArrayTree, params: ArrayTree, v: ArrayTree) -> ArrayTree:
         contract.check(self.loss, params, batch)
         tangent = jax.tree.map(lambda p, t: jnp.asarray(t, jnp.result_type(p)), params, v)
-        product = jax.jvp(lambda p: jax.grad(self.loss)(p, batch), (params,), (tangent,))[1]
         # At params that are not finite there is no curvature, also where the product does not read them.
-        return jax.tree.map(lambda x, p: x + 0 * p, product, params)
+        finite = jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]).all()
+        tangent = jax.tree.map(lambda t: jnp.where(finite, t, jnp.nan), tangent)
+        return jax.jvp(lambda p: jax.grad(self.loss)(p, batch), (params,), (tangent,))[1]

@@ -4,17 +4,19 @@ import numpy as np
 import pytest
 
 from jaxnet import curvature
-from jaxnet.curvature import LinearOperator, _lanczos
+from jaxnet.curvature import LinearOperator, Space
 
 KEY = jax.random.key(6)
 
 
-def product(params, a, v):
+def product(a, v):
     return {"a": a[:3] @ jnp.append(v["a"], v["b"]), "b": a[3:] @ jnp.append(v["a"], v["b"])}
 
 
 def operator(a):
-    return LinearOperator(product, {"a": jnp.zeros(3, a.dtype), "b": jnp.zeros(len(a) - 3, a.dtype)}, jnp.asarray(a))
+    return LinearOperator(
+        product, Space.of({"a": jnp.zeros(3, a.dtype), "b": jnp.zeros(len(a) - 3, a.dtype)}), jnp.asarray(a)
+    )
 
 
 def symmetric(n):
@@ -28,7 +30,7 @@ def test_quadrature_is_exact_for_polynomials(x64):
     found = curvature.spectral_density(operator(a), key=KEY, num_probes=3, num_steps=steps)
     assert found.num_matvecs == 12
     for key, nodes, weights in zip(jax.random.split(KEY, 3), found.nodes, found.weights, strict=True):
-        v = _lanczos.random_like(key, {"a": jnp.zeros(3), "b": jnp.zeros(17)})
+        v = Space.of({"a": jnp.zeros(3), "b": jnp.zeros(17)}).random(key)
         v = np.append(v["a"], v["b"])
         v /= np.linalg.norm(v)
         for p in range(2 * steps):
