@@ -328,9 +328,9 @@ def _rate(update: Update, opt_state: Any, params: ArrayTree) -> tuple[Array, Arr
 def _nonlinear(update: Update, opt_state: Any, params: ArrayTree, grad: ArrayTree) -> Array:
     """How far the next update is from linear, element by element, in all but its second moments; relative."""
     updates, after = update(grad, opt_state, params)
-    # The linear part is taken about no gradient and no momentum, with the second moments that the step leads to: so what
-    # a linear update with those moments would do is known before it is compared with what the optimizer does do. A clip
-    # in force, or a sign, is linear about 0 and differs from that here.
+    # The linear part is taken about no gradient and no momentum, with the second moments that the step leads to. What a
+    # linear update with those moments would do is then known before it is compared with what the optimizer does do: a
+    # clip in force, or a sign, is linear about 0 and differs from that here.
     linear = _linearise(update, _held(update, opt_state, after, params), params)
     expected, _ = linear(grad, _collect("momentum", opt_state), params)
     # A linear map need not be a diagonal one, which the limit assumes: the answer to a gradient of ones, times the
