@@ -89,7 +89,7 @@ def of(batch: Any) -> Any:
         return batch
     if not jax.tree_util.all_leaves([batch]):
         return batch
-    if iter(batch) is batch:
+    if isinstance(batch, Iterator):
         raise TypeError("batch: got an iterator, which ends after one pass; pass a list, or an object to iterate anew")
     return Stream(batch)
 

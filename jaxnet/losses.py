@@ -172,6 +172,7 @@ class ChunkedLoss:
 
     def __call__(self, params: ArrayTree, batch: ArrayTree) -> Array:
         """The same mean over the batch's N examples, a scalar."""
+        dataset.check_in_memory("chunked", batch, "a function that goes through one gives its loss batch by batch")
         if num_examples(batch) <= self.size:
             return self.loss(params, batch)  # one chunk: nothing to save by computing it twice
         # Rematerialised, so that the backward pass holds one chunk's intermediates and not all of them.
@@ -225,6 +226,7 @@ def accuracy(apply: Apply, params: ArrayTree, batch: Any) -> Array:
     Raises:
       ValueError: the outputs have no axis of classes, or the labels have neither shape.
     """
+    dataset.check_in_memory("accuracy", batch, "average it over the batches, or let fit do so as one of its metrics")
     inputs, labels = batch[:2]
     outputs = apply(params, inputs)
     if outputs.ndim != 2:

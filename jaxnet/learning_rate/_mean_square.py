@@ -108,7 +108,7 @@ def stationary_excess(
       Mandt, Hoffman & Blei, "Stochastic Gradient Descent as Approximate Bayesian Inference", JMLR 2017, section 3.2,
       here to all orders in η and with the noise of the curvature.
     """
-    share = _noise_shares(batch, check_batch_size(batch_size, contract.num_examples(batch)), replace)
+    share = _noise_shares(batch, batch_size, replace)
     if not isinstance(rate, jax.core.Tracer) and not (np.isfinite(rate) & (np.asarray(rate) > 0)).all():
         raise ValueError(f"rate: expected positive and finite, got {rate}")
     _check_start(loss, params, batch)

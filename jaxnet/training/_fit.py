@@ -237,7 +237,8 @@ def sweep(
     rates = _check_rates(learning_rates, start)
     if rates.ndim != 1 or (keys is not None and keys.shape[:1] != rates.shape):
         raise ValueError(f"learning_rates: expected one axis, as long as keys where given, got {rates.shape}")
-    dataset.check_in_memory("sweep", (data, validation), "use fit for one rate after the other, or pass a sample")
+    for held in (data, validation):
+        dataset.check_in_memory("sweep", held, "use fit for one rate after the other, or pass a sample")
     program = _make_program(loss, data, make_optimizer, rates[0], batch_size, num_epochs, order, augment, metrics)
     stop = _check_stop(stop, validation)
     key_or_keys = key if keys is None else keys
