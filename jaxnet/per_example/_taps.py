@@ -153,7 +153,7 @@ def _inner(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Any]:
 
 def _scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
     """How many of a scan's operands are its constants, which come first, and how many its carry, which come next."""
-    if "ft_in" in eqn.params:  # JAX 0.12 on: a tree of consts, carry and xs
+    if "ft_in" in eqn.params:  # from JAX 0.11 on: a tree of consts, carry and xs
         consts, carry, _ = eqn.params["ft_in"].unpack()
         return len(consts), len(carry)
     return eqn.params["num_consts"], eqn.params["num_carry"]
