@@ -56,13 +56,14 @@ def test_the_band_covers_the_smoothed_spectrum(x64):
 
 
 def test_an_invariant_subspace_ends_the_measure(x64):
-    """Two distinct eigenvalues: two nodes carry all weight, however many steps are asked for."""
+    """Two distinct eigenvalues carry all weight, however many steps are asked for; equal nodes may share it."""
     found = curvature.spectral_density(operator(np.diag([1.0, 1, 1, 3, 3])), key=KEY, num_probes=2, num_steps=9)
     assert found.nodes.shape == (2, 5)
     np.testing.assert_allclose(found.weights.sum(axis=1), 1.0, rtol=1e-12)
-    heavy = np.asarray(found.weights) > 1e-12
-    assert (heavy.sum(axis=1) == 2).all()
-    np.testing.assert_allclose(np.asarray(found.nodes)[heavy], [1, 3, 1, 3], rtol=1e-12)
+    at = lambda value: np.where(abs(found.nodes - value) < 1e-12, found.weights, 0).sum(axis=1)
+    np.testing.assert_allclose(at(1) + at(3), 1.0, rtol=1e-12)
+    assert (at(1) > 1e-3).all()
+    assert (at(3) > 1e-3).all()
 
 
 def test_bad_arguments():

@@ -29,7 +29,7 @@ def by_kronecker(blocks, batch_size, replace):
 
 def dense_limit(blocks, batch_size, replace):
     c, d = by_kronecker(blocks, batch_size, replace)
-    return 2 / np.linalg.eigvals(np.linalg.pinv(c) @ d).real.max()
+    return 2 / np.linalg.eigvals(np.linalg.pinv(c, rcond=1e-12, hermitian=True) @ d).real.max()
 
 
 def random_factors(shape, seed, decay=0.7):
