@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnet import contract
-from jaxnet.contract import Array, ArrayTree, Loss, check_batch_size
+from jaxnet.contract import Array, ArrayTree, Loss, UserError, check_batch_size
 from jaxnet.curvature import Sharpness, sharpness
 from jaxnet.learning_rate._rates import NoisyCurvature, for_batch_size, maximal, noisy_curvature, optimal
 from jaxnet.per_example import NoiseScale, check_independent, noise_scale
@@ -211,9 +211,9 @@ def analyse(
     value = float(sharp.value)
     if not (jnp.isfinite(sharp.value) and jnp.isfinite(noise.trace)):
         where = contract.not_finite(params=params, batch=batch, loss=loss(params, batch))
-        raise ValueError(f"not finite: {', '.join(where) or 'the gradient or the Hessian of the loss at these params'}")
+        raise UserError(f"not finite: {', '.join(where) or 'the gradient or the Hessian of the loss at these params'}")
     if value <= 0:
-        raise ValueError(
+        raise UserError(
             f"loss: its largest Hessian eigenvalue is {value:.3g}, not positive, so no rate follows from it; "
             "is the loss flat or concave at these params?"
         )
