@@ -149,8 +149,9 @@ def _parse(arguments: Sequence[str]) -> Commands:
     except SystemExit as end:
         if not end.code:
             raise
-        # Without the box: its title, its sides, and the rules in it.
-        words = re.sub(r"╭.*╮|╰.*╯|│|[─-]{4,}", "", printed.getvalue())
+        # Without the box, in whatever alphabet: its lid with a title, its sides, and the rules in it.
+        lines = printed.getvalue().splitlines()
+        words = re.sub(r"[─-]{4,}|[╰╯│]", "", " ".join(lines[1:] or lines))
         raise UserError(" ".join(words.split())) from None
 
 
