@@ -1,7 +1,7 @@
 """Data sets that need no network, each an ``(inputs, targets)`` pair of arrays, and the orders they are seen in."""
 
 from jaxnet.data._bundled import digits, mnist1d, mnist5k
-from jaxnet.data._files import load
+from jaxnet.data._files import load, read
 from jaxnet.data._orders import Order, batches, cyclic, independent, repeated, reshuffled, with_keys
 from jaxnet.data._synthetic import two_gaussians, two_gaussians_exact
 
@@ -14,6 +14,7 @@ __all__ = [
     "load",
     "mnist1d",
     "mnist5k",
+    "read",
     "repeated",
     "reshuffled",
     "two_gaussians",

@@ -6,9 +6,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnet.contract import Array
+from jaxnet.contract import Array, UserError
 
 SPLITS = ("train", "test", "all")
+
+
+class _MissingExtra(UserError, ImportError):
+    """An ImportError for who calls from Python, and on a command line what its user can mend."""
 
 
 def _need(module: str, extra: str) -> Any:
@@ -16,12 +20,12 @@ def _need(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"this data set comes with {package}: pip install 'jaxnet[{extra}]'") from error
+        raise _MissingExtra(f"this data set comes with {package}: pip install 'jaxnet[{extra}]'") from error
 
 
 def _check_split(split: str) -> None:
     if split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        raise UserError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
 
 
 def _split(inputs: np.ndarray, labels: np.ndarray, split: str, centre: bool) -> tuple[Array, Array]:

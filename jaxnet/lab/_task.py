@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import data, losses, nn
-from jaxnet.contract import Array
-from jaxnet.data import _files
+from jaxnet.contract import Array, UserError
 from jaxnet.losses import Apply, ChunkedLoss
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -29,6 +28,8 @@ CRITERIA = {
 }
 DATA = ("digits", "two-gaussians", "mnist1d", "mnist5k")
 MODELS = ("linear", "mlp", "lenet")
+# What counts is bounded, so that a slip of the keyboard is answered at once and in words.
+MOST, MOST_PARAMS = 10**6, 10**9
 # Examples at a time: a convolution's patches are 25 times its images.
 CHUNK = {"linear": 2000, "mlp": 2000, "lenet": 100}
 
@@ -44,17 +45,23 @@ def known(kind: str, name: str, names: Any) -> str:
     """``name``, if it is one of ``names``.
 
     Raises:
-      ValueError: it is not; the message lists them.
+      UserError: it is not; the message lists them.
     """
     if name not in names:
-        raise ValueError(f"unknown {kind} {name!r}: known are {', '.join(names)}")
+        raise UserError(f"unknown {kind} {name!r}: known are {', '.join(names)}")
     return name
 
 
 def check_seed(seed: int) -> None:
     """Raise unless ``seed`` is one that `jax.random.key` tells from others."""
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed: expected a whole number from 0 to 4294967295, got {seed}")
+        raise UserError(f"seed: expected a whole number from 0 to 4294967295, got {seed}")
+
+
+def check_count(name: str, value: int, lowest: int = 1, highest: int = MOST) -> None:
+    """Raise a `UserError` unless ``value`` is in lowest…highest."""
+    if not lowest <= value <= highest:
+        raise UserError(f"{name}: expected {lowest} to {highest}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +96,7 @@ def keys_of(config: TaskConfig, count: int) -> Array:
     """So many keys from the configuration's seed.
 
     Raises:
-      ValueError: the seed or the dtype is none that can be used.
+      UserError: the seed or the dtype is none that can be used.
     """
     known("dtype", config.dtype, ("float32", "float64"))
     check_seed(config.seed)
@@ -136,14 +143,14 @@ def make_task(config: TaskConfig, *, key: Array) -> Task:
     """The task that ``config`` names; ``key`` draws the params, and the points of two-gaussians.
 
     Raises:
-      FileNotFoundError, ImportError, ValueError: a name is unknown, a file or package is missing, or the parts do not
+      UserError: a name is unknown, a file or package is missing, or the parts do not
         fit; in one line, with the mend.
     """
     known("model", config.model, MODELS)
     activation = ACTIVATIONS[known("activation", config.activation, ACTIVATIONS)]
     known("criterion", config.criterion, ("auto", *CRITERIA))
-    if any(width < 1 for width in config.widths):
-        raise ValueError(f"widths: expected positive numbers, got {config.widths}")
+    for width in config.widths:
+        check_count("widths", width)
     data_key, init_key = jax.random.split(key)
     train, test = _load(config, data_key)
     targets = np.concatenate([np.asarray(part[1]) for part in (train, test) if part is not None])
@@ -152,6 +159,8 @@ def make_task(config: TaskConfig, *, key: Array) -> Task:
     fitted = lambda part: (fit_inputs(part[0]), fit_targets(part[1]))
     train, test = fitted(train), None if test is None else fitted(test)
     loss = losses.chunked(losses.mean_loss(network.apply, CRITERIA[criterion]), CHUNK[config.model])
+    shapes = jax.eval_shape(lambda key: network.init(key, train[0].shape[1:]), init_key)
+    check_count("widths: the network's parameters", sum(x.size for x in jax.tree.leaves(shapes)), highest=MOST_PARAMS)
     params = network.init(init_key, train[0].shape[1:])
     name = pathlib.Path(config.data).name
     words = f"{name}, {config.model}, {criterion.replace('_', ' ')}"
@@ -169,14 +178,18 @@ def _load(config: TaskConfig, key: Array) -> tuple[Pair, Pair | None]:
         source = getattr(data, config.data)
         return source("train"), source("test")
     path = pathlib.Path(config.data)
-    if not path.suffix and not path.exists():
-        raise ValueError(
-            f"unknown data {config.data!r}: known are {', '.join(DATA)}, or the path of an .npz or .csv file"
-        )
-    x, y = _files.read(path, inputs=config.inputs, targets=config.targets, target=config.target)
+    try:
+        if not path.suffix and not path.exists():
+            raise UserError(
+                f"unknown data {config.data!r}: known are {', '.join(DATA)}, or the path of an .npz or .csv file"
+            )
+        x, y = data.read(path, inputs=config.inputs, targets=config.targets, target=config.target)
+    except OSError as error:
+        # The system's own errors carry a number, and the path at their end.
+        raise UserError(f"{path}: {error.strerror}" if error.errno else str(error)) from error
     n = len(x)
     if n < 3:
-        raise ValueError(f"{path}: expected 3 examples or more, got {n}")
+        raise UserError(f"{path}: expected 3 examples or more, got {n}")
     order = np.random.default_rng(0).permutation(n)
     num_train = n if n < 10 else n * 4 // 5
     train, test = order[:num_train], order[num_train:]
@@ -186,7 +199,7 @@ def _load(config: TaskConfig, key: Array) -> tuple[Pair, Pair | None]:
         x = (x - mean) / np.where(scale > 1e-12 * np.abs(mean), scale, 1)
     dtype = jnp.result_type(float)
     if max(np.abs(x).max(), np.abs(y).max()) > jnp.finfo(dtype).max:
-        raise ValueError(f"{path}: holds numbers too large for {dtype}; rescale them, or use --dtype float64")
+        raise UserError(f"{path}: holds numbers too large for {dtype}; rescale them, or use --dtype float64")
     inputs, targets = jnp.asarray(x, dtype), jnp.asarray(y, jnp.int32 if y.dtype == np.int64 else dtype)
     return (inputs[train], targets[train]), ((inputs[test], targets[test]) if test.size else None)
 
@@ -206,18 +219,18 @@ def _criterion(config: TaskConfig, targets: np.ndarray) -> tuple[str, Callable[[
                 targets.max() + 1,
             )
         if targets.ndim != 1:
-            raise ValueError(f"targets: expected one number an example, got shape {targets.shape}")
+            raise UserError(f"targets: expected one number an example, got shape {targets.shape}")
         return criterion, lambda y: y.astype(jnp.result_type(float)), None
     if signs:
         whole, targets = True, (targets > 0).astype(np.int32)
     if not whole:
-        raise ValueError(f"{criterion} needs class labels, whole numbers from 0 on; use --criterion squared_error")
+        raise UserError(f"{criterion} needs class labels, whole numbers from 0 on; use --criterion squared_error")
     num_classes = _check_labels(targets)
     label = (lambda y: (y > 0).astype(jnp.int32)) if signs else (lambda y: y)
     if criterion == "softmax_cross_entropy":
         return criterion, label, num_classes
     if num_classes != 2:
-        raise ValueError(f"sigmoid_cross_entropy needs two classes, got {num_classes}; use softmax_cross_entropy")
+        raise UserError(f"sigmoid_cross_entropy needs two classes, got {num_classes}; use softmax_cross_entropy")
     return criterion, lambda y: label(y).astype(jnp.result_type(float)), None
 
 
@@ -229,12 +242,12 @@ def _classes(targets: np.ndarray) -> bool:
 def _check_labels(targets: np.ndarray) -> int:
     found = np.unique(targets)
     if len(found) < 2:
-        raise ValueError(
+        raise UserError(
             f"targets: all {len(targets)} examples have the label {found[0]}; at least two classes are needed"
         )
     if not _classes(targets):
         shown = ", ".join(map(str, found[:6])) + (", …" if len(found) > 6 else "")
-        raise ValueError(
+        raise UserError(
             f"targets: labels are out of range: expected 0…{len(found) - 1} for {len(found)} classes, got {shown}; "
             "renumber them, or use --criterion squared_error for plain numbers"
         )
@@ -260,7 +273,7 @@ def _network(
     image: Mapping[int, tuple[int, ...]] = {2: (*shape, 1), 3: shape}
     target = (8, 8, 1) if config.data == "digits" else image.get(len(shape))
     if target is None or min(target[:2]) < 8:
-        raise ValueError(f"lenet needs images of 8 × 8 pixels or more, got inputs of shape {shape}; use --model mlp")
+        raise UserError(f"lenet needs images of 8 × 8 pixels or more, got inputs of shape {shape}; use --model mlp")
     kernel = 5 if min(target[:2]) >= 12 else 3
     core = nn.lenet(last, kernel_size=kernel, activation=activation)
     return lambda x: x.reshape(-1, *target), nn.serial(core, *squeeze) if squeeze else core

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 
 from jaxnet import curvature, learning_rate, losses, training
-from jaxnet.contract import Array, check_batch_size
+from jaxnet.contract import Array, UserError, check_batch_size
 from jaxnet.lab import _panels, record
-from jaxnet.lab._task import Progress, Task, TaskConfig, keys_of, known, make_task
+from jaxnet.lab._task import Progress, Task, TaskConfig, check_count, keys_of, known, make_task
 from jaxnet.lab.record import Claim, Line, Panel, Record, Series
 from jaxnet.learning_rate import Analysis, Ladder
 
@@ -45,7 +45,7 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
     """The job's record, growing: one yield after each stage, so that an interrupted job keeps what it has.
 
     Raises:
-      FileNotFoundError, ImportError, ValueError: before the first yield, if the configuration does not hold together.
+      UserError: before the first yield, if the configuration does not hold together.
     """
     known("optimizer", config.optimizer, OPTIMIZERS)
     keys = keys_of(config, 5)
@@ -53,11 +53,11 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
     task = make_task(config, key=keys[0])
     num_examples = len(task.train[1])
     check_batch_size(config.batch_size, num_examples)
-    if config.num_epochs < 1:
-        raise ValueError(f"num_epochs: expected 1 or more, got {config.num_epochs}")
+    check_count("num_epochs", config.num_epochs)
     own = config.learning_rate
-    if own is not None and not 0 < own < np.inf:
-        raise ValueError(f"learning_rate: expected positive and finite, got {own}")
+    limits = np.finfo(config.dtype)
+    if own is not None and not float(limits.tiny) <= own <= float(limits.max):
+        raise UserError(f"learning_rate: expected positive and finite in {config.dtype}, got {own}")
     progress("λ_max and the gradient's noise", 0.05)
     analysis = learning_rate.analyse(task.loss, task.params, task.train, key=keys[1])
     found = Record(

@@ -5,7 +5,10 @@ import dataclasses
 import importlib.util
 import io
 import pathlib
+import re
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
@@ -14,16 +17,26 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jaxnet.contract import UserError
 from jaxnet.lab import analyse as main_job
 from jaxnet.lab import experiments, report, spectrum
 from jaxnet.lab._task import known
 from jaxnet.lab.record import Record, versions
 
-DONE, CLAIM_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+# 70 is EX_SOFTWARE of BSD's sysexits.h: an error inside the program.
+DONE, CLAIM_FAILED, BAD_INPUT, BUG, INTERRUPTED = 0, 1, 2, 70, 130
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Output:
+class Common:
+    """What every command takes."""
+
+    debug: bool = False
+    """Show the traceback of an error in the input too."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output(Common):
     """Where results go."""
 
     out: pathlib.Path = pathlib.Path("jaxnet-out")
@@ -53,12 +66,12 @@ class Experiment(Output):
 
 
 @dataclasses.dataclass(frozen=True)
-class List:
+class List(Common):
     """Name the experiments and what they ask."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Doctor:
+class Doctor(Common):
     """Tell versions, devices and which extras are installed."""
 
 
@@ -72,30 +85,62 @@ Command = (
 
 DESCRIPTION = "What should the learning rate be, and why? Derived from curvature and noise, held against training."
 
-BAD = (ValueError, TypeError, OSError, ImportError)
+A_BUG = (
+    "jaxnet: this is a bug in jaxnet, not in your input; please report it at jaxnet's issue tracker, "
+    "with the traceback above and what `jaxnet doctor` prints"
+)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line; returns the exit status: 0, 1 a claim failed, 2 bad input, 130 interrupted."""
+    """Run a command line; returns the exit status.
+
+    0 done, 1 a claim failed, 2 bad input (a `UserError`: one line on stderr), 70 a bug (any other error: a traceback on
+    stderr), 130 interrupted.
+    """
     console, errors = Console(), Console(stderr=True, soft_wrap=True, highlight=False)
+    # Not from the command: it may be what cannot be read.
+    debug = "--debug" in arguments
     try:
-        command = _parse(arguments)
-        if isinstance(command, Analyse):
-            return _staged(command, main_job.AnalyseConfig, main_job.stages, console)
-        if isinstance(command, Spectrum):
-            return _staged(command, spectrum.SpectrumConfig, spectrum.stages, console)
-        if isinstance(command, Experiment):
-            return _experiment(command, console)
-        return _list(console) if isinstance(command, List) else _doctor(console)
-    except BAD as error:
+        return _run(_parse(arguments), console)
+    except UserError as error:
+        if debug:
+            traceback.print_exc(file=sys.stderr)
         errors.print(f"jaxnet: {' '.join(str(error).split())}", markup=False)
         return BAD_INPUT
     except KeyboardInterrupt:
         errors.print("jaxnet: interrupted; what was finished is kept")
         return INTERRUPTED
+    except Exception:
+        traceback.print_exc(file=sys.stderr)
+        errors.print(A_BUG, markup=False)
+        return BUG
 
 
-def _parse(arguments: Sequence[str]) -> Analyse | Spectrum | Experiment | List | Doctor:
+Commands = Analyse | Spectrum | Experiment | List | Doctor
+
+
+def _run(command: Commands, console: Console) -> int:
+    if isinstance(command, List):
+        return _list(console)
+    if isinstance(command, Doctor):
+        return _doctor(console)
+    _check_out(command)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the figures need matplotlib: pip install 'jaxnet[app]'")
+    _devices()
+    try:
+        if isinstance(command, Analyse):
+            return _staged(command, main_job.AnalyseConfig, main_job.stages, console)
+        if isinstance(command, Spectrum):
+            return _staged(command, spectrum.SpectrumConfig, spectrum.stages, console)
+        return _experiment(command, console)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise UserError("out of memory; take a smaller network or fewer examples") from error
+        raise
+
+
+def _parse(arguments: Sequence[str]) -> Commands:
     """The command; tyro's boxed complaint is brought to one line."""
     printed = io.StringIO()
     try:
@@ -104,22 +149,32 @@ def _parse(arguments: Sequence[str]) -> Analyse | Spectrum | Experiment | List |
     except SystemExit as end:
         if not end.code:
             raise
-        words = "".join(c for c in printed.getvalue() if c not in "╭╮╰╯│─")
-        raise ValueError(" ".join(words.split())) from None
+        # Without the box, in whatever alphabet: its lid with a title, its sides, and the rules in it.
+        lines = printed.getvalue().splitlines()
+        words = re.sub(r"[─-]{4,}|[╰╯│]", "", " ".join(lines[1:] or lines))
+        raise UserError(" ".join(words.split())) from None
 
 
 def _check_out(output: Output) -> None:
-    if output.out.exists() and not output.out.is_dir():
-        raise ValueError(f"--out {output.out}: is a file; name a folder")
-    if output.out.is_dir() and any(output.out.iterdir()) and not output.overwrite:
-        raise ValueError(f"--out {output.out}: is not empty; name another folder, or pass --overwrite")
-    # Better now than after the work: can a folder be made where it is wanted?
-    parent = next(folder for folder in (output.out.absolute(), *output.out.absolute().parents) if folder.is_dir())
+    """Better now than after the work: can a folder be made where it is wanted?"""
+    folder = output.out
     try:
+        parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not parent.is_dir():
+            raise UserError(f"--out {folder}: {parent.name} is a file; name a folder")
+        if folder.is_dir() and any(folder.iterdir()) and not output.overwrite:
+            raise UserError(f"--out {folder}: is not empty; name another folder, or pass --overwrite")
         with tempfile.TemporaryDirectory(dir=parent):
             pass
-    except OSError:
-        raise ValueError(f"--out {output.out}: cannot write into {parent}; name another folder") from None
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror}); name another folder") from error
+
+
+def _devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        raise UserError(f"JAX cannot start: {error}") from error
 
 
 @contextlib.contextmanager
@@ -147,7 +202,6 @@ def _finish(record: Record, folder: pathlib.Path, console: Console) -> None:
 
 def _staged(command: Any, make_config: Any, stages: Callable[..., Iterator[Record]], console: Console) -> int:
     """Run a job that yields its record as it grows, and keep the last even if it is interrupted."""
-    _check_out(command)
     config = make_config(**{field.name: getattr(command, field.name) for field in dataclasses.fields(make_config)})
     record = None
     try:
@@ -163,7 +217,6 @@ def _staged(command: Any, make_config: Any, stages: Callable[..., Iterator[Recor
 def _experiment(command: Experiment, console: Console) -> int:
     chosen = experiments.names() if command.name == "all" else [command.name]
     known("experiment", command.name, [*experiments.names(), "all"])
-    _check_out(command)
     passed = True
     with _progress() as progress:
         for number, name in enumerate(chosen):
@@ -190,7 +243,7 @@ EXTRAS = {
 def _doctor(console: Console) -> int:
     for name, version in versions().items():
         console.print(f"{name:10} {version}", highlight=False)
-    console.print(f"devices    {', '.join(str(device) for device in jax.devices())}", highlight=False)
+    console.print(f"devices    {', '.join(str(device) for device in _devices())}", highlight=False)
     for extra, modules in EXTRAS.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         state = f"lacks {', '.join(missing)}: pip install 'jaxnet\\[{extra}]'" if missing else "installed"

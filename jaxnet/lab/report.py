@@ -1,11 +1,13 @@
 """Records to tables on a terminal and files in a folder."""
 
+import contextlib
 import json
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from jaxnet.contract import UserError
 from jaxnet.lab import plots
 from jaxnet.lab.record import Record
 
@@ -53,14 +55,28 @@ def _number(value: Any) -> str:
 
 
 def write(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
-    """``record.json`` and one PNG a panel; each file appears whole or not at all. Returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """``record.json`` and one PNG a panel; each file appears whole or not at all. Returns their paths.
+
+    Raises:
+      UserError: the folder cannot be written into.
+    """
     path = folder / "record.json"
-    _forget_figures(path)
-    partial = path.with_suffix(".partial")
-    partial.write_text(record.to_json() + "\n", encoding="utf-8")
-    partial.replace(path)
+    text = record.to_json() + "\n"
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _forget_figures(path)
+        partial = path.with_suffix(".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
     return [path, *_write_figures(record, folder)]
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another folder") from error
 
 
 def _forget_figures(path: pathlib.Path) -> None:
@@ -73,10 +89,11 @@ def _forget_figures(path: pathlib.Path) -> None:
         (path.parent / pathlib.Path(f"{name}.png").name).unlink(missing_ok=True)
 
 
-def _write_figures(record: Record, folder: pathlib.Path) -> Iterable[pathlib.Path]:
+def _write_figures(record: Record, folder: pathlib.Path) -> Iterator[pathlib.Path]:
     for name, figure in plots.draw(record).items():
         path = folder / f"{name}.png"
         partial = path.with_suffix(".partial")
-        figure.savefig(partial, format="png")
-        partial.replace(path)
+        with _writing(folder):
+            figure.savefig(partial, format="png")
+            partial.replace(path)
         yield path

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 
 from jaxnet import curvature, learning_rate, training
-from jaxnet.contract import Array, ArrayTree, check_batch_size
+from jaxnet.contract import Array, ArrayTree, UserError, check_batch_size
 from jaxnet.curvature import Eigenpairs, LinearOperator, SpectralDensity
 from jaxnet.lab import record
-from jaxnet.lab._task import Progress, Task, TaskConfig, keys_of, make_task
+from jaxnet.lab._task import Progress, Task, TaskConfig, check_count, keys_of, make_task
 from jaxnet.lab.record import Line, Panel, Record, Series
 
 
@@ -37,18 +37,17 @@ def stages(config: SpectrumConfig, progress: Progress = lambda words, share: Non
     """The record, growing: the top eigenvalues, then the layers', then the density.
 
     Raises:
-      FileNotFoundError, ImportError, ValueError: before the first yield, if the configuration does not hold together.
+      UserError: before the first yield, if the configuration does not hold together.
     """
-    if config.num_epochs < 0 or config.num_eigenvalues < 1:
-        raise ValueError("num_epochs: expected 0 or more, and num_eigenvalues: 1 or more")
-    if config.num_probes < 2 or config.num_steps < 1:
-        raise ValueError("num_probes: expected 2 or more, and num_steps: 1 or more")
+    check_count("num_epochs", config.num_epochs, lowest=0)
+    check_count("num_eigenvalues", config.num_eigenvalues)
+    check_count("num_probes", config.num_probes, lowest=2)
+    check_count("num_steps", config.num_steps)
     keys = keys_of(config, 5)
     progress("loading data", 0.0)
     task = make_task(config, key=keys[0])
     check_batch_size(config.batch_size, len(task.train[1]))
-    if config.num_eigenvalues > task.num_params:
-        raise ValueError(f"num_eigenvalues: there are {task.num_params} parameters, got {config.num_eigenvalues}")
+    check_count("num_eigenvalues, of as many parameters", config.num_eigenvalues, highest=task.num_params)
     where = "at the initial parameters"
     params = task.params
     if config.num_epochs:
@@ -82,12 +81,14 @@ def _trained(config: SpectrumConfig, task: Task, key: Array) -> ArrayTree:
         key=key,
     )
     if result.stopped.reason == "diverged":
-        raise ValueError(f"num_epochs: the training before {result.stopped}")
+        raise UserError(f"num_epochs: the training before {result.stopped}")
     return result.state.params
 
 
 def _with_top(config: SpectrumConfig, task: Task, op: LinearOperator, where: str, key: Array) -> Record:
     pairs = curvature.eigsh(op, config.num_eigenvalues, key=key)
+    if not np.isfinite(pairs.values).all():
+        raise UserError(f"the Hessian {where} is not finite; rescale the data, or use --dtype float64")
     # Relative to itself: after training it may be a thousandth of λ_max, and take hundreds of products.
     smallest = curvature.eigsh(op, which="SA", tol=1e-2, key=key)
     examples = len(op.operands[1])
@@ -135,7 +136,9 @@ def _with_layers(found: Record, op: LinearOperator, key: Array) -> Record:
     values: dict[str, float] = {}
     for name, mask in _parts(op.params).items():
         values[name] = float(curvature.eigsh(curvature.restrict(op, mask), key=key).values[0])
-    rows = [(f"λ_max, {name}", value, f"{value / whole:.0%} of the whole") for name, value in values.items()]
+    # Where the outputs saturate there may be no curvature left.
+    share = lambda value: f"{value / whole:.0%} of the whole" if whole > 0 else ""
+    rows = [(f"λ_max, {name}", value, share(value)) for name, value in values.items()]
     # Cauchy's interlacing: a diagonal block's largest eigenvalue is at most the matrix's, each known to 1e-3.
     claims = [record.below("no part is sharper than the whole", 1.002 * whole, max(values.values()))]
     panel = Panel(

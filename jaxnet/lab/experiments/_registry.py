@@ -59,7 +59,7 @@ def question(name: str) -> str:
     """What an experiment asks, in a sentence.
 
     Raises:
-      ValueError: the name is unknown.
+      UserError: the name is unknown.
     """
     return _BY_NAME[known("experiment", name, _BY_NAME)].QUESTION
 
@@ -76,7 +76,7 @@ def run(name: str, *, seed: int = 0, **config: Any) -> Record:
       Its `Record`: measurements, claims with their verdicts, and panels to draw.
 
     Raises:
-      ValueError: the name or an option is unknown.
+      UserError: the name or an option is unknown.
     """
     function: Callable[..., Record] = _BY_NAME[known("experiment", name, _BY_NAME)].run
     options = [option for option in inspect.signature(function).parameters if option != "seed"]
