@@ -1,6 +1,7 @@
 """An algebra of matrices that are known by their products, over pytrees."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -132,7 +133,8 @@ class LinearOperator:
 
     def __rmul__(self, factor: Array | float) -> "LinearOperator":
         """c A for a number c."""
-        if isinstance(factor, LinearOperator) or jnp.ndim(factor) or jnp.iscomplexobj(factor):
+        is_number = isinstance(factor, numbers.Number) or getattr(factor, "shape", None) == ()
+        if not is_number or jnp.iscomplexobj(factor):
             return NotImplemented
         return LinearOperator(_multiple, self.space, (self, jnp.asarray(factor)))
 

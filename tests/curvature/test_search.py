@@ -105,3 +105,19 @@ def test_a_million_dimensions_with_a_gap():
     expected = -2 * u * u[-1]
     expected[-1] += 1
     np.testing.assert_allclose(abs(top @ expected), 1.0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("which", "k"), [("LA", 1), ("BE", 4)])
+def test_a_loop_of_ones_own_is_the_search(which, k):
+    op = diagonal(SPECTRA["network-like"])
+    solver = curvature.Eigensolver(op.space, k, which)
+    state = solver.init(solver.start(KEY))
+    while not solver.done(state):
+        if solver.full(state):
+            state = solver.restart(state)
+        state = solver.step(op, state, 1e-4)
+    found = solver.result(solver.restart(state))
+    expected = curvature.eigsh(op, k, which=which, key=KEY, tol=1e-4)
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-5)
+    assert int(found.num_matvecs) == int(expected.num_matvecs)
+    assert bool(found.converged)
