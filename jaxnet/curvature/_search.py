@@ -86,7 +86,7 @@ class Search(NamedTuple):
         """Of the start, for the a posteriori bound."""
         found = self.found
         return _bound.Polynomials(
-            found.values, found.residual_norms, found.held, self.discarded, self.num_discarded, self.log_betas
+            found.values, found.residual_norms, found.filled, self.discarded, self.num_discarded, self.log_betas
         )
 
 
@@ -248,14 +248,14 @@ class Eigensolver:
         wanted = rank(self.which, found)[: self.k]
         order = jnp.argsort(-found.values[wanted])
         wanted = wanted[order]
-        held = found.held[wanted] & ~search.failed
-        values = jnp.where(held, found.values[wanted], jnp.nan)
+        filled = found.filled[wanted] & ~search.failed
+        values = jnp.where(filled, found.values[wanted], jnp.nan)
         return Eigenpairs(
             values=values,
             vectors=jax.tree.map(lambda q: q[order], search.lanczos.basis),
-            residual_norms=jnp.where(held, found.residual_norms[wanted], jnp.nan),
+            residual_norms=jnp.where(filled, found.residual_norms[wanted], jnp.nan),
             num_matvecs=search.num_matvecs,
-            converged=search.settled & held.all() & jnp.isfinite(values).all(),
+            converged=search.settled & filled.all() & jnp.isfinite(values).all(),
         )
 
 
@@ -279,7 +279,7 @@ def rank(which: str, found: _lanczos.Ritz) -> Array:
     """Indices of the Ritz values, those that ``which`` asks for first; fillers come last."""
     m = found.values.shape[0]
     position = jnp.arange(m)
-    from_bottom = position - jnp.sum(~found.held)
+    from_bottom = position - jnp.sum(~found.filled)
     from_top = m - 1 - position
     order = {
         "LA": from_top,
@@ -287,27 +287,27 @@ def rank(which: str, found: _lanczos.Ritz) -> Array:
         "LM": -jnp.abs(found.values),
         "BE": jnp.minimum(2 * from_top, 2 * from_bottom + 1),
     }[which]
-    return jnp.argsort(jnp.where(found.held, order, jnp.inf))
+    return jnp.argsort(jnp.where(found.filled, order, jnp.inf))
 
 
 def _accurate(found: _lanczos.Ritz, wanted: Array, scale: Array, tol: Array | float) -> Array:
     """Whether the estimate min(r, r²/gap) of every wanted value's error is within the tolerance."""
     values, residuals = found.values[wanted], found.residual_norms[wanted]
     distance = jnp.abs(found.values[None, :] - values[:, None])
-    others = found.held[None, :] & (jnp.arange(distance.shape[1])[None, :] != wanted[:, None])
+    others = found.filled[None, :] & (jnp.arange(distance.shape[1])[None, :] != wanted[:, None])
     gap = jnp.min(jnp.where(others, distance, jnp.inf), axis=1)
     # A lone Ritz value has seen no gap: only its residual counts.
     estimate = jnp.where(jnp.isinf(gap), residuals, jnp.minimum(residuals, residuals * (residuals / gap)))
     # Twins at rounding distance leave gap = 0 and an estimate of NaN or inf: the residual decides.
     estimate = jnp.where(jnp.isfinite(estimate), estimate, residuals)
     rounding = 4 * jnp.finfo(values.dtype).eps * scale
-    return found.held[wanted].all() & (estimate <= jnp.maximum(tol * jnp.abs(values), rounding)).all()
+    return found.filled[wanted].all() & (estimate <= jnp.maximum(tol * jnp.abs(values), rounding)).all()
 
 
 def _seen(solver: Eigensolver, search: Search, tol: Array | float) -> tuple[Array, Array]:
     """Whether an unseen eigenvalue is unlikely: as near beyond the outermost as the tolerance, or further out."""
     values, target = search.found.values, _bound.log_inverse_share(solver.space.size, _UNSEEN)
-    lowest = jnp.argmax(search.found.held)
+    lowest = jnp.argmax(search.found.filled)
     top, bottom = values[-1], values[lowest]
     norm = jnp.maximum(jnp.abs(top), jnp.abs(bottom))
     ends = []

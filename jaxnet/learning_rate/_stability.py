@@ -247,7 +247,7 @@ def _respond(
     injected = [x for _, x in optax.tree.get_all_with_path(after, "learning_rate", lambda _, x: hasattr(x, "dtype"))]
     if len(injected) == 1:
         rate, spread = injected[0].astype(rate.dtype), jnp.zeros_like(spread)
-    linear = _linearise(update, _held(update, _map("counts", lambda t: t - 1, opt_state), opt_state, params), params)
+    linear = _linearise(update, _frozen(update, _map("counts", lambda t: t - 1, opt_state), opt_state, params), params)
     response, decay = optax.tree.scale(-1, (_driven(linear, -1, 1, 0), _driven(linear, -1, 0, 1)))
     return _Response(
         root=jax.tree.map(jnp.sqrt, response),
@@ -265,7 +265,7 @@ def _filled(value: float, tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.full_like(x, value), tree)
 
 
-def _held(update: Update, state: Any, wanted: Any, params: ArrayTree) -> Any:
+def _frozen(update: Update, state: Any, wanted: Any, params: ArrayTree) -> Any:
     """``state`` with those averages that an update by no gradient takes to the averages of ``wanted``."""
     # Of a parameter that never had a gradient the root's derivative would be infinite.
     floor = lambda x: jnp.where(x == 0, jnp.finfo(x.dtype).tiny / jnp.finfo(x.dtype).eps, x)
@@ -277,7 +277,7 @@ def _held(update: Update, state: Any, wanted: Any, params: ArrayTree) -> Any:
     return state
 
 
-def _linearise(update: Update, held: Any, params: ArrayTree) -> Linear:
+def _linearise(update: Update, frozen: Any, params: ArrayTree) -> Linear:
     """(δg, δm, δω) → (δu, δm′) about no gradient and no momentum, where averages of squares stand still.
 
     A number stands for a pytree filled with it.
@@ -285,10 +285,10 @@ def _linearise(update: Update, held: Any, params: ArrayTree) -> Linear:
 
     def step(g: ArrayTree, momentum: list[ArrayTree], p: ArrayTree) -> tuple[ArrayTree, list[ArrayTree]]:
         given = iter(momentum)
-        u, after = update(g, _map("momentum", lambda _: next(given), held), p)
+        u, after = update(g, _map("momentum", lambda _: next(given), frozen), p)
         return u, _collect("momentum", after)
 
-    origin = (_filled(0, params), _filled(0, _collect("momentum", held)), params)
+    origin = (_filled(0, params), _filled(0, _collect("momentum", frozen)), params)
     tangent = jax.linearize(step, *origin)[1]
     tree = lambda x, like: _filled(x, like) if isinstance(x, int) else x
     return lambda *given: tangent(*map(tree, given, origin))
@@ -311,7 +311,7 @@ def _rate(update: Update, opt_state: Any, params: ArrayTree) -> tuple[Array, Arr
         wanted = _map("squares", lambda x: _filled(square, x), opt_state)
         wanted = _map("means", lambda x: _filled(0, x), wanted)
         far = _map("counts", lambda t: jnp.full_like(t, count), opt_state)
-        linear = _linearise(update, _held(update, far, wanted, params), params)
+        linear = _linearise(update, _frozen(update, far, wanted, params), params)
         steady = optax.tree.scale(-(square**0.5) if _collect("squares", opt_state) else -1, _driven(linear, 1, 1, 0))
         if not _collect("sums", opt_state):
             return steady
@@ -331,7 +331,7 @@ def _nonlinear(update: Update, opt_state: Any, params: ArrayTree, grad: ArrayTre
     # The linear part is taken about no gradient and no momentum, with the second moments that the step leads to. What a
     # linear update with those moments would do is then known before it is compared with what the optimizer does do: a
     # clip in force, or a sign, is linear about 0 and differs from that here.
-    linear = _linearise(update, _held(update, opt_state, after, params), params)
+    linear = _linearise(update, _frozen(update, opt_state, after, params), params)
     expected, _ = linear(grad, _collect("momentum", opt_state), params)
     # A linear map need not be a diagonal one, which the limit assumes: the answer to a gradient of ones, times the
     # gradient, has to be the answer to the gradient. A norm's derivative, which mixes the elements, fails here.

@@ -49,7 +49,7 @@ class Tap:
       output: the output's shape and dtype, those of ε.
       rows: ``rows(other operand, δ of the output)`` to ``(a (S, T, d), δ (S, T, p))``.
       matrix: the leaf as its kernels' matrices (S, d, p): S = 1, or the layers that a scan passes through.
-      words: what it is.
+      description: what it is, for people.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class Tap:
     output: jax.ShapeDtypeStruct
     rows: Callable[[Array, Array], tuple[Array, Array]]
     matrix: View
-    words: str
+    description: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +142,8 @@ def _same(x: Array) -> Array:
 def _only(found: list[Tap | str]) -> Tap | str:
     if len(found) == 1:
         return found[0]
-    words = [use if isinstance(use, str) else use.words for use in found]
-    return f"used {len(found)} times: {', '.join(words)}" if found else "not used"
+    uses = [use if isinstance(use, str) else use.description for use in found]
+    return f"used {len(found)} times: {', '.join(uses)}" if found else "not used"
 
 
 def _inner(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Any]:
@@ -229,7 +229,7 @@ def _layers(tap: Tap, length: int, *, before: View) -> Tap:
         output=_longer(tap.output, length),
         rows=lambda a, delta: jax.tree.map(merged, jax.vmap(tap.rows)(a, delta)),
         matrix=lambda leaf: merged(jax.vmap(tap.matrix)(before(leaf))),
-        words=f"{tap.words} in a scan",
+        description=f"{tap.description} in a scan",
     )
 
 
@@ -240,7 +240,7 @@ def _steps(tap: Tap, length: int) -> Tap:
         tap,
         output=_longer(tap.output, length),
         rows=lambda a, delta: jax.tree.map(merged, jax.vmap(tap.rows)(a, delta)),
-        words=f"{tap.words} in a scan",
+        description=f"{tap.description} in a scan",
     )
 
 
