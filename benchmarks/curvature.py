@@ -72,7 +72,7 @@ class Problem:
     def product(self):
         gradient = jax.jit(jax.grad(LOSS))
         product = jax.jit(lambda params, batch, v: curvature.hessian(LOSS, params, batch)(v))
-        v = _lanczos.random_like(KEY, self.params)
+        v = curvature.Space.of(self.params).random(KEY)
         contenders = {
             "product": lambda: product(self.params, self.batch, v),
             "gradient": lambda: gradient(self.params, self.batch),
@@ -86,7 +86,7 @@ class Problem:
             unit = lambda v: optax.tree.scale(1 / optax.tree.norm(v), v)
             return lax.fori_loop(0, count, lambda _, v: unit(op(v)), v)
 
-        v, count = _lanczos.random_like(KEY, self.params), self.sharpness(key=KEY).num_matvecs
+        v, count = curvature.Space.of(self.params).random(KEY), self.sharpness(key=KEY).num_matvecs
         contenders = {
             "sharpness": lambda: self.sharpness(key=KEY),
             "products": lambda: products(self.params, self.batch, v, count),
