@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import jaxnet
 from jaxnet import curvature, data, learning_rate, losses, nn, per_example, training
 from jaxnet.lab import plots
 from jaxnet.lab.record import Contours, Line, Panel, Series
@@ -29,17 +30,20 @@ folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 and not in_notebook else
 key = jax.random.key(0)
 
 
-def show(panel):
-    """Draw a panel: in the notebook, or into the folder that was named."""
+def show(drawn, name=None):
+    """Draw a panel, or a result of the library: in the notebook, or into the folder that was named."""
+    if not in_notebook and folder is None:
+        return
+    figure = plots.draw([drawn])[drawn.name] if isinstance(drawn, Panel) else jaxnet.plot(drawn)
     if in_notebook:
         from IPython.display import Image, display
 
         picture = io.BytesIO()
-        plots.draw([panel])[panel.name].savefig(picture)
+        figure.savefig(picture)
         display(Image(picture.getvalue()))
-    elif folder is not None:
+    else:
         folder.mkdir(parents=True, exist_ok=True)
-        plots.draw([panel])[panel.name].savefig(folder / f"{panel.name}.png")
+        figure.savefig(folder / f"{name or drawn.name}.png")
 
 
 # %% [markdown]
@@ -328,8 +332,7 @@ swept = learning_rate.range_test(
     loss, params, digits, optax.sgd, learning_rates=rates, batch_size=32, key=key, analysis=found
 )
 print(swept)
-for panel in swept.panels():
-    show(panel)
+show(swept, "range_test")
 
 # %% [markdown]
 # ## What to take home

@@ -249,7 +249,7 @@ def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> 
             "limit_error": error,
         },
     }
-    panels = [*found.panels, *_ladder_panels(ladder, predicted)]
+    panels = [*found.panels, *_panels.of_measured(ladder, predicted)]
     return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels)
 
 
@@ -262,39 +262,3 @@ def _of_plain_training(ladder: MeasuredStability) -> str:
 
 def _stability_claim(predicted: float, limit: float) -> Claim:
     return record.within("loss of stability at ω₀ is at 2/λ_max", predicted, limit, 0.05)
-
-
-def _ladder_panels(ladder: MeasuredStability, predicted: float) -> list[Panel]:
-    rates = np.asarray(ladder.rates)
-    lines = [Line("1/λ_max", predicted / 2), Line("2/λ_max", predicted)]
-    final = np.asarray(ladder.plain_loss)[:, -1]
-    # A run that overflowed has no final loss to draw; it failed, and its point stands at the top.
-    start = float(ladder.plain_loss[0, 0])
-    shown = np.where(np.isfinite(final), np.minimum(final, 100 * start), 100 * start)
-    steps = ladder.plain_loss.shape[1] - 1
-    measured = Line("measured loss of stability", float(ladder.limit))
-    growth = np.asarray(ladder.growth).mean(axis=0)
-    near = (rates > 0.5 * predicted) & (rates < 1.6 * predicted)
-    return [
-        Panel(
-            name="loss_against_rate",
-            title=f"Full-batch gradient descent after {steps} steps, at each rate of the ladder",
-            xlabel="learning rate η",
-            ylabel="loss (clipped at 100 × the initial one)",
-            series=[Series(f"loss after {steps} steps", rates, shown, "line-points")],
-            lines=[*lines, measured, Line("initial loss", start, "y")],
-            xscale="log",
-            yscale="log",
-        ),
-        Panel(
-            name="stability_against_rate",
-            title="Growth of the oscillation about the fixed point ω₀, on the tilted loss",
-            xlabel="learning rate η",
-            ylabel="factor a step",
-            series=[
-                Series("measured, from gradients", rates[near], growth[near], "points"),
-                Series("predicted, ηλ_max − 1", rates[near], 2 * rates[near] / predicted - 1, "line"),
-            ],
-            lines=[*lines[1:], Line("neither grows nor dies", 1.0, "y")],
-        ),
-    ]

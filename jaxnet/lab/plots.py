@@ -1,14 +1,20 @@
-"""A record's declared panels to figures. Nothing is computed here."""
+"""Declared panels to figures. Nothing is computed here."""
 
+import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxnet.lab import _panels
 from jaxnet.lab.record import Panel, Record
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+PANEL_SIZE = (7.2, 4.5)  # inches
 
 # Okabe & Ito's palette, told apart by readers with any colour vision; the yellow is left out.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -18,6 +24,32 @@ STYLES: dict[str, dict[str, Any]] = {
     "points": {"linestyle": "none", "marker": "o", "markersize": 4},
     "line-points": {"linestyle": "-", "marker": "o", "markersize": 3.5},
 }
+
+
+def plot(result: Any) -> "Figure":
+    """Any result of the library as one matplotlib figure.
+
+    Args:
+      result: an `Analysis`, a `RangeTest`, a measured limit, a `Stability`; a `Sharpness`, `Eigenpairs`, a
+        `SpectralDensity`, a `Track` (of one update, stacked by a scan, or a list of them), a `TrackObserver`; a
+        `FitResult`, or a list of them as `sweep` returns; a `NoiseScale`; or a `jaxnet.lab.record.Record`.
+
+    Returns:
+      A figure of one panel or several, to be saved with ``figure.savefig(path)``, and shown by a notebook; no window
+      and no global state is touched.
+
+    Raises:
+      TypeError: it is none of these.
+      ValueError: it holds nothing to draw, or has more leading axes than one.
+      ImportError: matplotlib is not installed (extra ``app``).
+    """
+    panels = _panels.of(result)
+    columns = 1 if len(panels) == 1 else 2 if len(panels) <= 6 else 3
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(columns, rows)
+    for number, panel in enumerate(panels, start=1):
+        _draw_panel(panel, figure.add_subplot(rows, columns, number))
+    return figure
 
 
 def draw(record: Record | Sequence[Panel]) -> dict[str, "Figure"]:
@@ -33,15 +65,25 @@ def draw(record: Record | Sequence[Panel]) -> dict[str, "Figure"]:
       ImportError: matplotlib is not installed (extra ``app``).
     """
     panels = record.panels if isinstance(record, Record) else record
-    return {panel.name: _draw_panel(panel) for panel in panels}
+    figures = {}
+    for panel in panels:
+        figures[panel.name] = _figure(1, 1)
+        _draw_panel(panel, figures[panel.name].add_subplot())
+    return figures
 
 
-def _draw_panel(panel: Panel) -> "Figure":
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
+def _figure(columns: int, rows: int) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'jaxnet[app]'") from error
+    width, height = PANEL_SIZE
+    return Figure(figsize=(width * columns, height * rows), dpi=150, layout="constrained")
 
-    figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
+
+def _draw_panel(panel: Panel, axes: "Axes") -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
     if panel.contours is not None:
         c = panel.contours
         drawn = axes.contour(c.x, c.y, c.z, levels=_levels(np.asarray(c.z)), colors="0.7", linewidths=0.8)
@@ -51,7 +93,8 @@ def _draw_panel(panel: Panel) -> "Figure":
         colour = PALETTE[(number if series.colour is None else series.colour) % len(PALETTE)]
         x, y = np.asarray(series.x), np.asarray(series.y)
         if series.style == "bars":
-            axes.bar(x, y, width=0.8 * np.min(np.diff(x)) if len(x) > 1 else 0.8, color=colour, label=series.label)
+            names = len(x) < 2 or x.dtype.kind == "U"
+            axes.bar(x, y, width=0.8 if names else 0.8 * np.min(np.diff(x)), color=colour, label=series.label)
         else:
             axes.plot(
                 x,
@@ -80,14 +123,17 @@ def _draw_panel(panel: Panel) -> "Figure":
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
-    axes.set_title(panel.title, fontsize=10.5, loc="left")
+    # There is no half epoch.
+    whole = [np.asarray(series.x).dtype.kind in "iu" for series in panel.series]
+    if panel.xscale == "linear" and whole and all(whole):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(textwrap.fill(panel.title, 80), fontsize=10.5, loc="left")
     axes.grid(visible=True, which="major", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
-    return figure
+    if labels := axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", ncols=1 + len(labels) // 8)
 
 
 def _levels(z: np.ndarray) -> np.ndarray:

@@ -11,8 +11,8 @@ import optax
 
 from jaxnet import curvature, learning_rate, training
 from jaxnet.contract import Array, ArrayTree, UserError, check_batch_size
-from jaxnet.curvature import Eigenpairs, LinearOperator, SpectralDensity
-from jaxnet.lab import record
+from jaxnet.curvature import Eigenpairs, LinearOperator
+from jaxnet.lab import _panels, record
 from jaxnet.lab._task import Progress, Task, TaskConfig, check_count, keys_of, make_task
 from jaxnet.lab.record import Line, Panel, Record, Series
 
@@ -99,15 +99,7 @@ def _with_top(config: SpectrumConfig, task: Task, op: LinearOperator, where: str
     rows.append(("λ_min", float(smallest.values[0]), f"residual {float(smallest.residual_norms[0]):.1g}"))
     rows.append(_spent("largest", pairs))
     rows.append(_spent("smallest", smallest))
-    index = np.arange(1, config.num_eigenvalues + 1)
-    panel = Panel(
-        name="top_eigenvalues",
-        title=f"The largest eigenvalues of the Hessian, {where}",
-        xlabel="index",
-        ylabel="eigenvalue",
-        series=[Series("λ_i", index, np.asarray(pairs.values), "line-points")],
-        lines=[Line("0", 0.0, "y")],
-    )
+    values, _ = _panels.of_eigenpairs(pairs, f"The largest eigenvalues of the Hessian, {where}")
     return Record(
         name="spectrum",
         question=(
@@ -123,7 +115,7 @@ def _with_top(config: SpectrumConfig, task: Task, op: LinearOperator, where: str
             "num_examples": examples,
         },
         rows=rows,
-        panels=[panel],
+        panels=[values],
     )
 
 
@@ -181,31 +173,6 @@ def _with_density(config: SpectrumConfig, found: Record, op: LinearOperator, key
         ("flat directions", float(flat[1] - flat[0]), "share of eigenvalues within 1e-3 λ_max of 0"),
     ]
     measurements = {**found.measurements, "trace": mean, "trace_error": error, **dataclasses.asdict(density)}
-    panel = _density_panel(density, found, n)
-    return dataclasses.replace(found, rows=rows, measurements=measurements, panels=[*found.panels, panel])
-
-
-def _density_panel(density: SpectralDensity, found: Record, n: int) -> Panel:
-    tops = np.asarray(found.measurements["eigenvalues"])
-    low, high = min(float(density.nodes.min()), 0.0), max(float(density.nodes.max()), float(tops[0]))
-    width = max(high - low, 1e-30) / 150
-    points = np.linspace(low - 4 * width, high + 4 * width, 800)
-    mean, error = (n * np.asarray(x) for x in density.density(jnp.asarray(points, density.nodes.dtype), width))
-    single = 1 / (width * np.sqrt(2 * np.pi))
-    # Below a hundredth of one eigenvalue's peak there is nothing to see on a log axis.
-    shown = lambda y: np.where(y > single / 100, y, np.nan)
-    probes = density.nodes.shape[0]
-    return Panel(
-        name="spectral_density",
-        title=f"Density of the Hessian's {n} eigenvalues, smoothed by {width:.2g}",
-        xlabel="eigenvalue",
-        ylabel="eigenvalues per unit",
-        series=[
-            Series(f"mean of {probes} random probes", points, shown(mean), "line", 0),
-            Series("95 % band of that mean", points, shown(mean + 1.96 * error), "dashed", 0),
-            Series("", points, shown(mean - 1.96 * error), "dashed", 0),
-            Series("peak of each of the largest, one by one", tops, np.full(len(tops), single), "points", 1),
-        ],
-        lines=[Line("λ_min", float(found.measurements["smallest"]))],
-        yscale="log",
-    )
+    tops, smallest = found.measurements["eigenvalues"], float(found.measurements["smallest"])
+    panels = [*found.panels, *_panels.of_density(density, count=n, tops=tops, smallest=smallest)]
+    return dataclasses.replace(found, rows=rows, measurements=measurements, panels=panels)
