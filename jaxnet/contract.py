@@ -92,6 +92,20 @@ def check_params(params: ArrayTree) -> None:
             raise TypeError(f"{name}: expected a floating array, got {dtype}; keep what is not trained out of params")
 
 
+def check_alike(name: str, tree: ArrayTree, like: ArrayTree) -> None:
+    """Raise unless ``tree`` has the structure and the shapes of ``like``, which the message calls params.
+
+    Raises:
+      ValueError: it has not.
+    """
+    structures: list[Any] = [jax.tree.structure(x) for x in (like, tree)]
+    if structures[0] != structures[1]:
+        raise ValueError(f"{name}: expected a pytree like params, {structures[0]}, got {structures[1]}")
+    shapes = [[jnp.shape(x) for x in jax.tree.leaves(y)] for y in (like, tree)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{name}: expected a pytree like params, with leaves of shapes {shapes[0]}, got {shapes[1]}")
+
+
 def check(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int:
     """Raise unless the three fit the contract; return N.
 

@@ -57,14 +57,8 @@ class Space:
         Raises:
           ValueError: it does not; ``name`` is what the message calls it.
         """
-        leaves, structure = jax.tree.flatten(tree)
-        if structure != self.structure:
-            raise ValueError(f"{name}: expected a pytree like params, {self.structure}, got {structure}")
-        shapes = tuple(map(jnp.shape, leaves))
-        if shapes != self.shapes:
-            raise ValueError(
-                f"{name}: expected a pytree like params, with leaves of shapes {self.shapes}, got {shapes}"
-            )
+        like = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
+        contract.check_alike(name, tree, jax.tree.unflatten(self.structure, like))
 
     def zeros(self) -> ArrayTree:
         """The zero vector."""

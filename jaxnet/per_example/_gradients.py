@@ -91,6 +91,7 @@ class PerExampleGradients:
     @dataset.jit
     def vdot(self, tree: ArrayTree) -> Array:
         """g_n·v for a vector v like params, (N,)."""
+        contract.check_alike("tree", tree, self.params)
         return self.rows(Held.vdot, tree)
 
     @dataset.jit
@@ -106,6 +107,7 @@ class PerExampleGradients:
     @dataset.jit
     def cosine(self, tree: ArrayTree) -> Array:
         """g_n·v / ‖g_n‖‖v‖ for a vector v like params, (N,); NaN where a norm is 0."""
+        contract.check_alike("tree", tree, self.params)
         along, squares = self.rows(_products_and_squares, tree)
         return along / (jnp.sqrt(squares) * optax.tree.norm(tree))
 
@@ -121,6 +123,7 @@ class PerExampleGradients:
     @dataset.jit
     def distances(self, tree: ArrayTree) -> Array:
         """‖g_n − v‖ over all leaves, for a vector v like params, (N,)."""
+        contract.check_alike("tree", tree, self.params)
         return jnp.sqrt(self.rows(Held.squared_distances, tree))
 
     @dataset.jit
@@ -143,6 +146,7 @@ class PerExampleGradients:
     @dataset.jit
     def sum_of_deviations(self, tree: ArrayTree) -> ArrayTree:
         """Σ (g_n − v)², elementwise, for a vector v like params."""
+        contract.check_alike("tree", tree, self.params)
         return self.total(Held.sum_of_deviations, tree)
 
     def gram(self) -> Array:

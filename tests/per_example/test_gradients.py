@@ -82,3 +82,13 @@ def test_dropout_keys_of_a_batch_are_each_examples_own(x64):
     grads = per_example.gradients(loss, params, batch)
     assert len(np.unique(np.asarray(grads.norms()).round(9))) == 5
     np.testing.assert_allclose(flat(grads.mean()), flat(jax.grad(loss)(params, batch)), rtol=1e-9)
+
+
+def test_a_tree_is_paired_by_structure_never_by_position(problem):
+    loss, params, batch = problem
+    grads = per_example.gradients(loss, params, batch)
+    other_keys = jax.tree.map(lambda layer: layer, [{"b": p["bias"], "k": p["kernel"]} if p else () for p in params])
+    for method in (grads.vdot, grads.cosine, grads.distances, grads.sum_of_deviations):
+        for wrong in (other_keys, tuple(other_keys), jax.tree.map(lambda x: x[None], params)):
+            with pytest.raises(ValueError, match="tree: expected a pytree like params"):
+                method(wrong)
