@@ -23,7 +23,6 @@ from jax import lax
 from benchmarks.peers import flat_product, libraries
 from benchmarks.timing import Row, side_by_side
 from jaxnet import curvature, data, losses, nn, training
-from jaxnet.curvature import _lanczos
 from jaxnet.lab.record import Panel, Series
 
 KEY = jax.random.key(0)
@@ -72,7 +71,7 @@ class Problem:
     def product(self):
         gradient = jax.jit(jax.grad(LOSS))
         product = jax.jit(lambda params, batch, v: curvature.hessian(LOSS, params, batch)(v))
-        v = _lanczos.random_like(KEY, self.params)
+        v = curvature.Space.of(self.params).random(KEY)
         contenders = {
             "product": lambda: product(self.params, self.batch, v),
             "gradient": lambda: gradient(self.params, self.batch),
@@ -86,7 +85,7 @@ class Problem:
             unit = lambda v: optax.tree.scale(1 / optax.tree.norm(v), v)
             return lax.fori_loop(0, count, lambda _, v: unit(op(v)), v)
 
-        v, count = _lanczos.random_like(KEY, self.params), self.sharpness(key=KEY).num_matvecs
+        v, count = curvature.Space.of(self.params).random(KEY), self.sharpness(key=KEY).num_matvecs
         contenders = {
             "sharpness": lambda: self.sharpness(key=KEY),
             "products": lambda: products(self.params, self.batch, v, count),
@@ -99,12 +98,13 @@ class Problem:
         @jax.jit
         def spent(params, batch, exact, keys):
             op = curvature.hessian(LOSS, params, batch)
-            top = lambda state: _lanczos.ritz(state).values[-1]
-            far = lambda state: (top(state) < (1 - TOL) * exact) & (state.size < 40)
+            krylov = curvature.Eigensolver(op.space, ncv=40)
+            far = lambda state: (state.found.values[-1] < (1 - TOL) * exact) & ~krylov.full(state)
+            step = lambda state: krylov.step(op, state, TOL)
 
             def one(key):
-                begin = _lanczos.init(_lanczos.random_like(key, params), 40)
-                smallest = lax.while_loop(far, lambda state: _lanczos.step(op, state), _lanczos.step(op, begin)).size
+                begin = krylov.init(krylov.start(key))
+                smallest = lax.while_loop(far, step, step(begin)).num_matvecs
                 found = curvature.sharpness(LOSS, params, batch, key=key, tol=TOL)
                 return found.num_matvecs, smallest, jnp.abs(found.value / exact - 1) <= TOL
 

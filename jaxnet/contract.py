@@ -4,6 +4,7 @@ The value is the mean over the batch's N examples of losses that do not see one 
 takes a loss checks its arguments here, at trace time, so that a second call with new values costs nothing.
 """
 
+import dataclasses
 import numbers
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
@@ -109,6 +110,17 @@ def check(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int:
     return n
 
 
+@dataclasses.dataclass(frozen=True)
+class ValueAndGrad:
+    """``function(batch, params) -> (E, ∂E/∂ω)``, hashable: equal losses share one compilation."""
+
+    loss: Loss
+
+    def __call__(self, batch: ArrayTree, params: ArrayTree) -> tuple[Array, ArrayTree]:
+        """The value and the gradient on one batch."""
+        return jax.value_and_grad(self.loss)(params, batch)
+
+
 def not_finite(**trees: ArrayTree) -> list[str]:
     """The names of the leaves that hold a NaN or an infinity; for values at hand, not for tracers."""
     leaves = jax.tree_util.tree_leaves_with_path(trees)
@@ -132,3 +144,13 @@ def check_batch_size(batch_size: int, n: int) -> int:
     if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral) or not 1 <= batch_size <= n:
         raise UserError(f"batch_size: expected 1 to {n}, the number of examples, got {batch_size}")
     return int(batch_size)
+
+
+def check_tolerance(tol: Array | float) -> None:
+    """Raise unless a tolerance that is known as a number is positive.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if isinstance(tol, (int, float)) and not tol > 0:
+        raise ValueError(f"tol: expected a positive number, got {tol}")

@@ -89,7 +89,7 @@ def of(batch: Any) -> Any:
         return batch
     if not jax.tree_util.all_leaves([batch]):
         return batch
-    if iter(batch) is batch:
+    if isinstance(batch, Iterator):
         raise TypeError("batch: got an iterator, which ends after one pass; pass a list, or an object to iterate anew")
     return Stream(batch)
 
@@ -201,8 +201,11 @@ def _accumulate(
     function: Callable[..., Any], data: Any, given: Any, size: int | None, *, weighted: bool
 ) -> tuple[Any, Any]:
     """The library's one loop over examples: all rows, and the sum of the sums or their mean by numbers of examples."""
-    over = _over_stream if isinstance(data, Stream) else functools.partial(_over_chunks, size=size)
-    entries, summed, like, n = over(function, data, given, weighted=weighted)
+    if isinstance(data, Stream):
+        entries, summed, like, n = _over_stream(function, data, given, weighted=weighted)
+    else:
+        size = contract.num_examples(data) if size is None else size
+        entries, summed, like, n = _over_chunks(function, data, given, weighted=weighted, size=size)
     return entries, jax.tree.map(lambda x, d: (x / n if weighted else x).astype(d.dtype), summed, like)
 
 

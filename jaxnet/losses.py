@@ -5,7 +5,6 @@ Each criterion maps outputs and targets of N examples to N values; where an exam
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree, Loss, num_examples
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "accuracy",
     "chunked",
     "mean_loss",
+    "parts_of",
     "sigmoid_cross_entropy",
     "softmax_cross_entropy",
     "squared_error",
@@ -171,30 +172,27 @@ class ChunkedLoss:
 
     def __call__(self, params: ArrayTree, batch: ArrayTree) -> Array:
         """The same mean over the batch's N examples, a scalar."""
+        dataset.check_in_memory("chunked", batch, "a function that goes through one gives its loss batch by batch")
         if num_examples(batch) <= self.size:
             return self.loss(params, batch)  # one chunk: nothing to save by computing it twice
         # Rematerialised, so that the backward pass holds one chunk's intermediates and not all of them.
         one = jax.checkpoint(self.loss)
-        return self.mean_over_chunks(lambda chunk: one(params, chunk), batch)
+        return dataset.mean(lambda chunk, params: one(params, chunk), batch, params, size=self.size)
 
-    def mean_over_chunks(self, mean_of_chunk: Callable[[Any], Any], batch: Any) -> Any:
-        """Σ_c (N_c/N) mean_of_chunk(chunk c), for any mean over examples, a pytree."""
-        n = num_examples(batch)
-        if n <= self.size:
-            return mean_of_chunk(batch)
-        whole = n // self.size * self.size
-        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, self.size, *x.shape[1:]), batch)
-        added = lambda share, total, x: total + jnp.asarray(share, x.dtype) * x
 
-        def add(total: Any, chunk: Any) -> tuple[Any, None]:
-            return jax.tree.map(functools.partial(added, self.size / n), total, mean_of_chunk(chunk)), None
+def parts_of(loss: Loss) -> tuple[MeanLoss, int | None]:
+    """The network and the criterion of a loss that keeps them apart, and the size of its chunks if it has them.
 
-        shapes = jax.eval_shape(mean_of_chunk, jax.tree.map(lambda x: x[0], chunks))
-        first = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        if whole < n:
-            rest = mean_of_chunk(jax.tree.map(lambda x: x[whole:], batch))
-            first = jax.tree.map(functools.partial(added, (n - whole) / n), first, rest)
-        return jax.lax.scan(add, first, chunks)[0]
+    Raises:
+      TypeError: it is not made by `mean_loss`, nor a chunked one of these.
+    """
+    inner, size = (loss.loss, loss.size) if isinstance(loss, ChunkedLoss) else (loss, None)
+    if not isinstance(inner, MeanLoss):
+        raise TypeError(
+            "loss: expected one whose network and criterion are known apart; make it with jaxnet.losses.mean_loss, "
+            f"got {type(loss).__name__}"
+        )
+    return inner, size
 
 
 def chunked(loss: Loss, size: int) -> ChunkedLoss:
@@ -228,6 +226,7 @@ def accuracy(apply: Apply, params: ArrayTree, batch: Any) -> Array:
     Raises:
       ValueError: the outputs have no axis of classes, or the labels have neither shape.
     """
+    dataset.check_in_memory("accuracy", batch, "average it over the batches, or let fit do so as one of its metrics")
     inputs, labels = batch[:2]
     outputs = apply(params, inputs)
     if outputs.ndim != 2:

@@ -108,10 +108,10 @@ def test_dir_shows_what_is_public_and_nothing_else(room):
 
 def test_no_module_is_shadowed_by_a_function():
     for path in FILES:
-        parts = [part for part in path.relative_to(PACKAGE.parent).with_suffix("").parts if part != "__init__"]
-        module = importlib.import_module(".".join(parts[:-1])) if len(parts) > 1 else None
-        if parts[-1] != "__main__" and module is not None:
-            assert getattr(module, parts[-1]) is importlib.import_module(".".join(parts))
+        *room, name = [part for part in path.relative_to(PACKAGE.parent).with_suffix("").parts if part != "__init__"]
+        if room and name != "__main__":
+            module = importlib.import_module(".".join([*room, name]))
+            assert getattr(importlib.import_module(".".join(room)), name) is module
 
 
 def test_lanczos_knows_nothing_of_networks():

@@ -1,10 +1,12 @@
 """Curvature of a loss: linear operators, one Lanczos recurrence, eigenpairs and the sharpness λ_max."""
 
 from jaxnet.curvature._density import SpectralDensity, spectral_density
-from jaxnet.curvature._eigsh import Eigenpairs, eigsh
+from jaxnet.curvature._eigsh import eigsh
 from jaxnet.curvature._gauss_newton import fisher, gauss_newton
+from jaxnet.curvature._hessian import hessian
 from jaxnet.curvature._online import OnlineSharpness, online_sharpness
-from jaxnet.curvature._operators import LinearOperator, hessian, materialize, precondition, restrict, shift
+from jaxnet.curvature._operators import LinearOperator, Space, materialize, precondition, restrict, shift
+from jaxnet.curvature._search import Eigenpairs, Eigensolver
 from jaxnet.curvature._second_moment import empirical_fisher, gradient_covariance
 from jaxnet.curvature._sharpness import Sharpness, sharpness
 from jaxnet.curvature._stochastic import Estimate, diagonal, trace
@@ -12,10 +14,12 @@ from jaxnet.curvature._track import Track, Tracker, TrackObserver, track
 
 __all__ = [
     "Eigenpairs",
+    "Eigensolver",
     "Estimate",
     "LinearOperator",
     "OnlineSharpness",
     "Sharpness",
+    "Space",
     "SpectralDensity",
     "Track",
     "TrackObserver",

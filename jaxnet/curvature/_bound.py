@@ -30,7 +30,7 @@ class Polynomials(NamedTuple):
     Attributes:
       values: (m,) Ritz values of the basis.
       residual_norms: (m,) r_i.
-      held: (m,) which of them are filled.
+      filled: (m,) which of them are filled.
       discarded: (room,) Ritz values that restarts have discarded.
       num_discarded: how many; beyond the room nothing can be said.
       log_betas: Σ log β_j; −inf once the subspace was invariant.
@@ -38,7 +38,7 @@ class Polynomials(NamedTuple):
 
     values: Array
     residual_norms: Array
-    held: Array
+    filled: Array
     discarded: Array
     num_discarded: Array
     log_betas: Array
@@ -55,10 +55,10 @@ def log_sum(p: Polynomials, x: Array) -> Array:
     −inf, which excludes nothing, where more Ritz values were discarded than there is room for.
     """
     distance = jnp.abs(x - p.values)
-    factors = jnp.sum(jnp.where(p.held, jnp.log(distance), 0))
+    factors = jnp.sum(jnp.where(p.filled, jnp.log(distance), 0))
     past = jnp.arange(p.discarded.shape[0]) < p.num_discarded
     factors += jnp.sum(jnp.where(past, jnp.log(jnp.abs(x - p.discarded)), 0))
-    others = jnp.sum(jnp.where(p.held, (p.residual_norms / distance) ** 2, 0))
+    others = jnp.sum(jnp.where(p.filled, (p.residual_norms / distance) ** 2, 0))
     known = 2 * (factors - p.log_betas) + jnp.log1p(others)
     known = jnp.where(p.num_discarded > p.discarded.shape[0], -jnp.inf, known)
     return jnp.where(jnp.isneginf(p.log_betas), jnp.inf, known)

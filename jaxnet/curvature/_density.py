@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import erf
 
-from jaxnet import contract
 from jaxnet.contract import Array
 from jaxnet.curvature import _lanczos
-from jaxnet.curvature._operators import LinearOperator, one_batch
+from jaxnet.curvature._operators import LinearOperator, check_one_batch
 
 
 @jax.tree_util.register_dataclass
@@ -75,11 +74,10 @@ def spectral_density(op: LinearOperator, *, key: Array, num_probes: int = 8, num
       Ghorbani, Krishnan & Xiao, "An Investigation into Neural Net Optimization via Hessian Eigenvalue Density",
       ICML 2019, algorithm 1.
     """
-    one_batch("spectral_density", op)
-    contract.check_params(op.params)
+    check_one_batch("spectral_density", op)
     if num_probes < 2 or num_steps < 1:
         raise ValueError(f"expected num_probes >= 2 and num_steps >= 1, got {num_probes} and {num_steps}")
-    steps = min(num_steps, sum(x.size for x in jax.tree.leaves(op.params)))
+    steps = min(num_steps, op.space.size)
     nodes, weights = _quadrature(op, jax.random.split(key, num_probes), steps)
     return SpectralDensity(nodes, weights, num_probes * steps)
 
@@ -87,7 +85,7 @@ def spectral_density(op: LinearOperator, *, key: Array, num_probes: int = 8, num
 @functools.partial(jax.jit, static_argnames="steps")
 def _quadrature(op: LinearOperator, keys: Array, steps: int) -> tuple[Array, Array]:
     def probe(key: Array) -> tuple[Array, Array]:
-        state = _lanczos.init(_lanczos.random_like(key, op.params), steps)
+        state = _lanczos.init(op.space.random(key), steps)
         state = lax.fori_loop(0, steps, lambda _, state: _lanczos.step(op, state), state)
         # After a breakdown T has no entry between its blocks: the later nodes have weight 0 by themselves.
         found = _lanczos.ritz(state)

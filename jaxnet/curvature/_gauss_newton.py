@@ -6,38 +6,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnet import losses
+from jaxnet import contract, dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature._operators import LinearOperator, mean_operator
+from jaxnet.curvature._operators import LinearOperator, over_examples
 from jaxnet.curvature._second_moment import empirical_fisher
-from jaxnet.losses import ChunkedLoss, MeanLoss
-
-
-def _parts(name: str, loss: Loss) -> MeanLoss:
-    inner = loss.loss if isinstance(loss, ChunkedLoss) else loss
-    if not isinstance(inner, MeanLoss):
-        raise TypeError(
-            f"{name}: needs the network and the criterion apart; make the loss with jaxnet.losses.mean_loss, "
-            f"got {type(loss).__name__}"
-        )
-    return inner
+from jaxnet.losses import MeanLoss
 
 
 @dataclasses.dataclass(frozen=True)
 class _GaussNewtonProduct:
     loss: Loss
 
-    def __call__(self, params: ArrayTree, batch: Any, v: ArrayTree) -> ArrayTree:
-        parts = _parts("gauss_newton", self.loss)
+    def __call__(self, batch: Any, params: ArrayTree, v: ArrayTree) -> ArrayTree:
+        parts, size = losses.parts_of(self.loss)
 
-        def on(chunk: Any) -> ArrayTree:
+        def of_chunk(chunk: Any) -> ArrayTree:
             network = lambda p: parts.outputs(p, chunk)
             outputs, along = jax.jvp(network, (params,), (v,))
             slope = jax.grad(lambda o: jnp.mean(parts.criterion(o, chunk[1])))
             curved = jax.jvp(slope, (outputs,), (along,))[1]
             return jax.vjp(network, params)[1](curved)[0]
 
-        return self.loss.mean_over_chunks(on, batch) if isinstance(self.loss, ChunkedLoss) else on(batch)
+        return dataset.mean(of_chunk, batch, size=size)
 
 
 def gauss_newton(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
@@ -55,8 +45,8 @@ def gauss_newton(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
     Reference:
       Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent", 2002, section 3.
     """
-    _parts("gauss_newton", loss)
-    return mean_operator(_GaussNewtonProduct(loss), params, batch)
+    losses.parts_of(loss)
+    return over_examples(_GaussNewtonProduct(loss), params, batch)
 
 
 def _draw_softmax(key: Array, outputs: Array, targets: Array) -> Array:
@@ -81,7 +71,7 @@ _DRAW = {
 }
 
 
-def fisher(loss: Loss, params: ArrayTree, batch: ArrayTree, *, key: Array) -> LinearOperator:
+def fisher(loss: Loss, params: ArrayTree, batch: Any, *, key: Array) -> LinearOperator:
     """F = (1/N) Σ E[g_n g_nᵀ] over targets that the network itself predicts, estimated with one draw an example.
 
     Unbiased: averaged over keys it is the Fisher information, which for these criteria is the Gauss–Newton matrix.
@@ -89,7 +79,8 @@ def fisher(loss: Loss, params: ArrayTree, batch: ArrayTree, *, key: Array) -> Li
     Args:
       loss: a `jaxnet.losses.mean_loss` with one of the library's criteria, or one chunked.
       params: the point.
-      batch: ``(inputs, targets)``; of the targets only the shape matters.
+      batch: ``(inputs, targets)``, or a data set in such batches, always in one order; of the targets only the shape
+        matters.
       key: a `jax.random.key` for the targets drawn.
 
     Raises:
@@ -99,10 +90,31 @@ def fisher(loss: Loss, params: ArrayTree, batch: ArrayTree, *, key: Array) -> Li
     Reference:
       Martens, "New Insights and Perspectives on the Natural Gradient Method", JMLR 2020, section 5.
     """
-    parts = _parts("fisher", loss)
+    parts, size = losses.parts_of(loss)
     if parts.criterion not in _DRAW:
         names = ", ".join(criterion.__name__ for criterion in _DRAW)
-        raise TypeError(f"fisher: needs a criterion that is a known negative log-likelihood: {names}")
-    outputs = parts.outputs(params, batch)
-    drawn = _DRAW[parts.criterion](key, outputs, jnp.asarray(batch[1]))
-    return empirical_fisher(loss, params, (batch[0], drawn, *batch[2:]))
+        raise TypeError(f"loss: expected a criterion that is a known negative log-likelihood, {names}")
+    contract.check_params(params)
+    data = dataset.of(batch)
+    outputs, targets = dataset.rows(_OutputsAndTargets(parts), data, params, size=size)
+    drawn = _DRAW[parts.criterion](key, outputs, targets)
+    return empirical_fisher(_AtDrawnTargets(loss), params, dataset.with_rows(data, drawn))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OutputsAndTargets:
+    parts: MeanLoss
+
+    def __call__(self, batch: Any, params: ArrayTree) -> tuple[Array, Array]:
+        return self.parts.outputs(params, batch), jnp.asarray(batch[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _AtDrawnTargets:
+    """The loss on ``(batch, drawn)``: the batch with other targets."""
+
+    loss: Loss
+
+    def __call__(self, params: ArrayTree, batch: Any) -> Array:
+        (inputs, _, *others), drawn = batch
+        return self.loss(params, (inputs, drawn, *others))

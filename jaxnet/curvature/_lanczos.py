@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxnet.contract import Array, ArrayTree
@@ -45,13 +44,13 @@ class Ritz(NamedTuple):
       values: (m,) θ.
       coefficients: (m, m), column i gives the Ritz vector Q s_i.
       residual_norms: (m,) ‖A Q s_i − θ_i Q s_i‖ = β |s_{j−1,i}|.
-      held: (m,) which entries are Ritz values of the basis.
+      filled: (m,) which entries are Ritz values of the basis.
     """
 
     values: Array
     coefficients: Array
     residual_norms: Array
-    held: Array
+    filled: Array
 
 
 def _precise_vdot(a: Array, b: Array) -> Array:
@@ -87,16 +86,6 @@ def combine(basis: ArrayTree, coefficients: Array) -> ArrayTree:
         return mixed.reshape(*c.shape[1:], *q.shape[1:])
 
     return jax.tree.map(leaf, basis)
-
-
-def random_like(key: Array, v: ArrayTree) -> ArrayTree:
-    """A standard normal vector with the structure of ``v``."""
-    leaves, structure = jax.tree.flatten(v)
-    # One draw for all leaves: XLA takes longer to compile a generator than to run it.
-    flat = jax.random.normal(key, (sum(x.size for x in leaves),), _dtype(v))
-    ends = np.cumsum([x.size for x in leaves])
-    parts = [flat[end - x.size : end].reshape(x.shape).astype(x.dtype) for x, end in zip(leaves, ends, strict=True)]
-    return jax.tree.unflatten(structure, parts)
 
 
 def _generic_like(v: ArrayTree, seed: Array | int) -> ArrayTree:
@@ -189,15 +178,15 @@ def step(matvec: Callable[[ArrayTree], ArrayTree], state: Lanczos) -> Lanczos:
 def ritz(state: Lanczos) -> Ritz:
     """The eigenpairs of T with their residuals."""
     m, j = state.projected.shape[0], state.size
-    held = jnp.arange(m) < j
-    block = jnp.where(held[:, None] & held[None, :], state.projected, 0)
+    filled = jnp.arange(m) < j
+    block = jnp.where(filled[:, None] & filled[None, :], state.projected, 0)
     # Fillers lie below all eigenvalues, but at their scale, so that they cost no accuracy.
     bound = jnp.abs(block).sum(axis=1).max()
     filler = -2 * jnp.where(bound > 0, bound, 1)
-    values, vectors = jnp.linalg.eigh(block + jnp.diag(jnp.where(held, 0, filler)))
-    held = jnp.arange(m) >= m - j
+    values, vectors = jnp.linalg.eigh(block + jnp.diag(jnp.where(filled, 0, filler)))
+    filled = jnp.arange(m) >= m - j
     last = vectors[jnp.maximum(j - 1, 0)]
-    return Ritz(values, vectors, state.beta * jnp.abs(last), held)
+    return Ritz(values, vectors, state.beta * jnp.abs(last), filled)
 
 
 def restart(state: Lanczos, found: Ritz, kept: Array) -> Lanczos:

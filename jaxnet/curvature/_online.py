@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnet import contract
+from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import _lanczos
+from jaxnet.curvature._operators import Space
 
 
 class OnlineSharpness(NamedTuple):
@@ -43,11 +44,11 @@ def online_sharpness(loss: Loss, *, gamma: float = 0.03, alpha: float = 0.01) ->
         raise ValueError(f"alpha: expected positive and finite, got {alpha}")
 
     def init(params: ArrayTree, *, key: Array) -> ArrayTree:
-        contract.check_params(params)
-        start = _lanczos.random_like(key, params)
+        start = Space.of(params).random(key)
         return jax.tree.map(lambda x: x / _lanczos.norm(start).astype(x.dtype), start)
 
     def update(psi: ArrayTree, params: ArrayTree, batch: ArrayTree) -> tuple[ArrayTree, Array]:
+        dataset.check_in_memory("online_sharpness", batch, "update it by one of the batches at a time")
         length = _lanczos.norm(psi)
         step = alpha / jnp.where(length > 0, length, 1)
         moved = jax.tree.map(lambda p, x: p + step.astype(p.dtype) * x, params, psi)

@@ -1,34 +1,14 @@
 """Second moments of the examples' gradients, as operators whose products replay the gradients' factors."""
 
-import dataclasses
 from typing import Any
 
-from jaxnet import contract, dataset
-from jaxnet.contract import ArrayTree, Loss
-from jaxnet.curvature._operators import LinearOperator, mean_operator
-from jaxnet.per_example._gradients import PerExampleGradients, gradients
+import jax
+import jax.numpy as jnp
+import optax
 
-
-@dataclasses.dataclass(frozen=True)
-class _SecondMoment:
-    centred: bool
-
-    def __call__(self, params: ArrayTree, grads: PerExampleGradients, v: ArrayTree) -> ArrayTree:
-        n, along = grads.num_examples, grads.vdot(v)
-        if not self.centred:
-            return grads.weighted_sum(along / n)
-        # Σ (g_n − ḡ)(g_n − ḡ)·v: the deviations of g_n·v sum to 0, so that ḡ drops out of the other factor.
-        return grads.weighted_sum((along - along.mean()) / (n - 1))
-
-
-@dataclasses.dataclass(frozen=True)
-class _OfBatch:
-    """The product that finds the gradients anew, for data that come in batches."""
-
-    loss: Loss
-
-    def __call__(self, params: ArrayTree, batch: ArrayTree, v: ArrayTree) -> ArrayTree:
-        return _SecondMoment(centred=False)(params, gradients(self.loss, params, batch), v)
+from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.curvature._operators import LinearOperator, Space
+from jaxnet.per_example import PerExampleGradients, gradients
 
 
 def empirical_fisher(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
@@ -45,25 +25,42 @@ def empirical_fisher(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperato
     Reference:
       Kunstner, Balles & Hennig, "Limitations of the Empirical Fisher Approximation", NeurIPS 2019, eq. 3 (over N).
     """
-    if dataset.on_host(dataset.of(batch)):
-        return mean_operator(_OfBatch(loss), params, batch)
     grads = gradients(loss, params, batch)
-    return LinearOperator(_SecondMoment(centred=False), grads.params, grads)
+    return LinearOperator(_second_moment, Space.of(grads.params), (grads, grads.num_examples))
 
 
-def gradient_covariance(loss: Loss, params: ArrayTree, batch: ArrayTree) -> LinearOperator:
+def gradient_covariance(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
     """Σ = Σ_n (g_n − ḡ)(g_n − ḡ)ᵀ/(N − 1), the unbiased covariance of the examples' gradients.
 
     Args:
       loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
       params: the point.
-      batch: N >= 2 examples.
+      batch: N >= 2 examples, or a data set in batches, as for `hessian`.
 
     Raises:
       TypeError, ValueError: the arguments do not fit the contract, or N is 1.
     """
-    contract.check_params(params)
-    if contract.num_examples(batch) < 2:
-        raise ValueError("batch: a covariance needs 2 examples or more, got 1")
     grads = gradients(loss, params, batch)
-    return LinearOperator(_SecondMoment(centred=True), grads.params, grads)
+    n = grads.num_examples
+    if n < 2:
+        raise ValueError("batch: a covariance needs 2 examples or more, got 1")
+    return LinearOperator(_covariance, Space.of(grads.params), (grads, n, grads.mean()))
+
+
+def _second_moment(operands: tuple[PerExampleGradients, int], v: ArrayTree) -> ArrayTree:
+    grads, n = operands
+    return optax.tree.scale(1 / n, grads.total(_along, v, jnp.zeros(()))[0])
+
+
+def _covariance(operands: tuple[PerExampleGradients, int, ArrayTree], v: ArrayTree) -> ArrayTree:
+    grads, n, mean = operands
+    # Σ (g_n − ḡ)(g_n − ḡ)·v, in one pass. The weights (g_n − ḡ)·v sum to 0, but for rounding, which the last term
+    # takes out of a product that is small where the gradients are alike.
+    summed, weight = grads.total(_along, v, optax.tree.vdot(mean, v))
+    return jax.tree.map(lambda s, m: (s - weight.astype(m.dtype) * m) / (n - 1), summed, mean)
+
+
+def _along(held: Any, v: ArrayTree, centre: Array) -> tuple[ArrayTree, Array]:
+    """Σ w_n g_n and Σ w_n with the weights w_n = g_n·v − c, of the gradients that per_example holds."""
+    weights = held.vdot(v) - centre
+    return held.weighted_sum(weights), weights.sum()

@@ -1,6 +1,7 @@
 """The largest eigenvalue of the Hessian, with a bound from above."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,12 +9,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxnet import contract
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import _bound
-from jaxnet.curvature._eigsh import check_tolerance, find, make_plan
-from jaxnet.curvature._operators import LinearOperator, StreamedOperator, hessian
-from jaxnet.curvature._search import Plan
+from jaxnet.curvature._hessian import hessian
+from jaxnet.curvature._operators import LinearOperator
+from jaxnet.curvature._search import Eigensolver
+
+# Examples whose own Hessian products are taken together.
+_AT_ONCE = 64
 
 
 @jax.tree_util.register_dataclass
@@ -84,21 +88,19 @@ def sharpness(
     """
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability: expected a number in (0, 1), got {failure_probability}")
-    check_tolerance(tol)
+    contract.check_tolerance(tol)
+    batch = dataset.of(batch)
     op = hessian(loss, params, batch)
-    if isinstance(op, StreamedOperator) and (sampling_error or subsample is not None):
-        raise ValueError("subsample, sampling_error: of one batch only, not of a data set in batches")
     if subsample is not None:
         if v0 is not None:
             raise ValueError("subsample: the start is v0 already; give one of the two")
         v0 = _from_subsample(loss, params, batch, subsample, key, tol)
-    plan = make_plan(op, 1, "LA", max_matvecs, ncv, v0 is not None)
-    target = _bound.log_inverse_share(plan.n, failure_probability)
-    if isinstance(op, StreamedOperator):
-        return _measure(loss, op, v0, key, tol, target, plan, sampling_error)
-    return _compiled(loss, op, v0, key, tol, target, plan, sampling_error)
+    solver = Eigensolver(op.space, max_matvecs=max_matvecs, ncv=ncv, warm=v0 is not None)
+    target = _bound.log_inverse_share(op.space.size, failure_probability)
+    return _measure(loss, op, v0, key, tol, target, solver, sampling_error)
 
 
+@functools.partial(dataset.jit, static_argnames=("loss", "solver", "sampling_error"))
 def _measure(
     loss: Loss,
     op: LinearOperator,
@@ -106,30 +108,30 @@ def _measure(
     key: Array,
     tol: Array | float,
     target: Array | float,
-    plan: Plan,
+    solver: Eigensolver,
     sampling_error: bool,
 ) -> Sharpness:
-    pairs, end = find(op, v0, key, tol, plan)
+    pairs, end = solver.search(op, solver.start(key, v0), tol)
+    params, data = op.operands
     value, vector = pairs.values[0], jax.tree.map(lambda x: x[0], pairs.vectors)
-    if not isinstance(op, StreamedOperator):
+    if not dataset.on_host(data):
         # A loss that is not finite has no curvature, whatever its derivatives say.
-        value += 0 * lax.stop_gradient(loss(op.params, op.operands)).astype(value.dtype)
+        value += 0 * lax.stop_gradient(loss(params, data)).astype(value.dtype)
     unknown = jnp.full_like(value, jnp.nan)
+    bound = unknown if solver.warm else _bound.upper_bound(end.polynomials, lax.stop_gradient(value), target)
     return Sharpness(
         value=value,
         vector=vector,
         residual_norm=pairs.residual_norms[0],
-        upper_bound=unknown if plan.warm else _bound.upper_bound(end.polynomials, lax.stop_gradient(value), target),
+        upper_bound=bound,
         num_matvecs=pairs.num_matvecs,
         converged=pairs.converged & jnp.isfinite(value),
-        sampling_error=_sampling_error(loss, op.params, op.operands, vector) if sampling_error else unknown,
+        sampling_error=_sampling_error(loss, params, data, vector) if sampling_error else unknown,
     )
 
 
-_compiled = jax.jit(_measure, static_argnames=("loss", "plan", "sampling_error"))
-
-
-def _from_subsample(loss: Loss, params: ArrayTree, batch: ArrayTree, size: int, key: Array, tol: float) -> ArrayTree:
+def _from_subsample(loss: Loss, params: ArrayTree, batch: Any, size: int, key: Array, tol: float) -> ArrayTree:
+    dataset.check_in_memory("subsample", batch, "pass the eigenvector of one of its batches as v0")
     n = contract.num_examples(batch)
     if not 1 <= size <= n:
         raise ValueError(f"subsample: expected 1 to {n}, the number of examples, got {size}")
@@ -138,10 +140,21 @@ def _from_subsample(loss: Loss, params: ArrayTree, batch: ArrayTree, size: int, 
     return sharpness(loss, params, part, key=key, tol=tol).vector
 
 
-def _sampling_error(loss: Loss, params: ArrayTree, batch: ArrayTree, vector: ArrayTree) -> Array:
-    def form(example: ArrayTree) -> Array:
-        return optax.tree.vdot(vector, hessian(loss, params, jax.tree.map(lambda x: x[None], example))(vector))
-
-    forms = lax.map(form, jax.tree.map(jnp.asarray, batch), batch_size=64)
+def _sampling_error(loss: Loss, params: ArrayTree, data: Any, vector: ArrayTree) -> Array:
+    forms = dataset.rows(_QuadraticForms(loss), data, params, vector)
     # One example has no spread: NaN.
     return jnp.std(forms) / jnp.sqrt(forms.size - 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _QuadraticForms:
+    """vᵀH_nv of each example of a batch, some at a time."""
+
+    loss: Loss
+
+    def __call__(self, batch: Any, params: ArrayTree, vector: ArrayTree) -> Array:
+        def of_example(example: ArrayTree) -> Array:
+            op = hessian(self.loss, params, jax.tree.map(lambda x: x[None], example))
+            return optax.tree.vdot(vector, op @ vector)
+
+        return dataset.rows(jax.vmap(of_example), jax.tree.map(jnp.asarray, batch), size=_AT_ONCE)

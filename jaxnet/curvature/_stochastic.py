@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jaxnet import contract
 from jaxnet.contract import Array
-from jaxnet.curvature._operators import LinearOperator, materialize, one_batch
+from jaxnet.curvature._operators import LinearOperator, check_one_batch, materialize
 
 # Products a probe.
 METHODS = {"hutchinson": 1, "hutch++": 3, "xtrace": 2}
@@ -102,9 +101,8 @@ def diagonal(op: LinearOperator, *, key: Array, num_matvecs: int = 60) -> Estima
 
 
 def _check(name: str, op: LinearOperator) -> int:
-    one_batch(name, op)
-    contract.check_params(op.params)
-    return sum(x.size for x in jax.tree.leaves(op.params))
+    check_one_batch(name, op)
+    return op.space.size
 
 
 @functools.partial(jax.jit, static_argnames=("method", "probes"))
@@ -116,17 +114,17 @@ def _estimate(op: LinearOperator, key: Array, method: str, probes: int) -> tuple
     if method == "hutch++":
         return _hutch_plus_plus(op, key, probes)
     if method == "xtrace":
-        sampler = stochtrace.sampler_normal(op.params, num=probes)
+        sampler = stochtrace.sampler_normal(op.space.zeros(), num=probes)
         estimator = stochtrace.estimator_leave_one_out_mean_and_sem(stochtrace.leave_one_out_xtrace(), sampler)
         return estimator(matvec, key, op)
     integrand = stochtrace.monte_carlo_trace() if method == "hutchinson" else stochtrace.monte_carlo_diagonal()
-    sampler = stochtrace.sampler_signs(op.params, num=probes)
+    sampler = stochtrace.sampler_signs(op.space.zeros(), num=probes)
     return stochtrace.estimator_monte_carlo_mean_and_sem(integrand, sampler)(matvec, key, op)
 
 
 def _hutch_plus_plus(op: LinearOperator, key: Array, probes: int) -> tuple[Array, Array]:
     """tr QᵀAQ of a basis Q of A's range on some probes, and Hutchinson's estimate of the rest."""
-    flat, unravel = ravel_pytree(op.params)
+    flat, unravel = ravel_pytree(op.space.zeros())
     times = lambda columns: lax.map(lambda v: ravel_pytree(op(unravel(v)))[0], columns.T).T
     sketch, signs = jax.random.rademacher(key, (2, flat.size, probes), flat.dtype)
     basis = jnp.linalg.qr(times(sketch))[0]

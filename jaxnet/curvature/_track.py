@@ -2,15 +2,14 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet import dataset
+from jaxnet.contract import Array, ArrayTree, Loss, Progress
 from jaxnet.curvature._sharpness import Sharpness, sharpness
-from jaxnet.training._fit import FitProgress
 
 
 class Track(NamedTuple):
@@ -39,7 +38,7 @@ class Tracker:
     """A pair of pure functions, ``init`` and ``update``, as `track` makes them."""
 
     loss: Loss
-    batch: ArrayTree
+    batch: Any
     key: Array
     every: int
     tol: float
@@ -50,7 +49,7 @@ class Tracker:
         one = jnp.ones((), jnp.int32)
         return Track(first, 0 * one, one, first.num_matvecs)
 
-    @jax.jit
+    @dataset.jit
     def update(self, track: Track, params: ArrayTree) -> Track:
         """Count a step; at every ``every``-th, a check from the last eigenvector."""
         step = track.num_updates + 1
@@ -60,7 +59,8 @@ class Tracker:
             found = sharpness(self.loss, params, self.batch, key=key, tol=self.tol, v0=track.sharpness.vector)
             return Track(found, step, track.num_checks + 1, track.num_matvecs + found.num_matvecs)
 
-        return lax.cond(step % self.every == 0, check, lambda track: track._replace(num_updates=step), track)
+        count = lambda track: track._replace(num_updates=step)
+        return dataset.cond(step % self.every == 0, check, count, track, data=self.batch)
 
     def observer(self, params: ArrayTree) -> "TrackObserver":
         """For `jaxnet.training.fit`, starting with a check at ``params``; a step is then an epoch."""
@@ -80,7 +80,7 @@ class TrackObserver:
         self.epochs: list[int] = [0]
         self.checks: list[Sharpness] = [self._track.sharpness]
 
-    def __call__(self, progress: FitProgress) -> None:
+    def __call__(self, progress: Progress) -> None:
         """Called after each epoch."""
         before = int(self._track.num_checks)
         self._track = self._tracker.update(self._track, progress.state.params)
@@ -89,7 +89,7 @@ class TrackObserver:
             self.checks.append(self._track.sharpness)
 
 
-def track(loss: Loss, batch: ArrayTree, *, key: Array, every: int = 1, tol: float = 1e-3) -> Tracker:
+def track(loss: Loss, batch: Any, *, key: Array, every: int = 1, tol: float = 1e-3) -> Tracker:
     """Follow λ_max of the loss's Hessian while params move: a check takes about 3 products, the first 10 to 30.
 
     A warm check cannot exclude what its start does not hold: where the two largest eigenvalues are 2 to 3 % apart, as
@@ -107,7 +107,8 @@ def track(loss: Loss, batch: ArrayTree, *, key: Array, every: int = 1, tol: floa
 
     Args:
       loss: ``loss(params, batch) -> scalar``.
-      batch: the examples on which the Hessian is taken, the same at each check.
+      batch: the examples on which the Hessian is taken, the same at each check; or a data set in batches, and then
+        each check runs on the host.
       key: a `jax.random.key`; each check adds a little of a random vector to its start, so that an eigenvalue which
         has overtaken the one followed is found.
       every: updates a check.
@@ -118,4 +119,4 @@ def track(loss: Loss, batch: ArrayTree, *, key: Array, every: int = 1, tol: floa
     """
     if every < 1:
         raise ValueError(f"every: expected 1 or more, got {every}")
-    return Tracker(loss, batch, key, every, tol)
+    return Tracker(loss, dataset.of(batch), key, every, tol)

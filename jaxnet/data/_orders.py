@@ -6,6 +6,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree, check_batch_size, num_examples
 
 Order: TypeAlias = Callable[[Array, Array | int, int], Array]
@@ -49,6 +50,7 @@ def batches(
     Raises:
       ValueError: B is not in 1…N, or the leaves' lengths differ.
     """
+    dataset.check_in_memory("batches", batch, "it has batches already: pass it to fit as it is")
     n = num_examples(batch)
     check_batch_size(batch_size, n)
     indices = order(key, epoch, n)
@@ -69,6 +71,7 @@ def repeated(batch: ArrayTree, times: int) -> ArrayTree:
     """
     if times < 1:
         raise ValueError(f"times: expected 1 or more, got {times}")
+    dataset.check_in_memory("repeated", batch, "go through it several times")
     num_examples(batch)
     return jax.tree.map(lambda x: jnp.concatenate([x] * times), batch)
 

@@ -6,16 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnet import learning_rate
 from jaxnet.curvature import Eigenpairs, Sharpness, SpectralDensity, Track, TrackObserver
 from jaxnet.lab.record import Line, Panel, Record, Series
-from jaxnet.learning_rate import Analysis, RangeTest, Stability
+from jaxnet.learning_rate import Analysis, MeasuredSgdStability, MeasuredStability, RangeTest, Stability
 from jaxnet.per_example import NoiseScale
 from jaxnet.training import FitResult
-
-# The measured limits, by the names that the library has for them.
-MeasuredStability = learning_rate.Ladder
-MeasuredSgdStability = learning_rate.SgdLimit
 
 # Told apart by colour and style; further runs of a sweep have no entry in the legend.
 _STYLES_OF_RUNS = ("line", "dashed", "line-points")

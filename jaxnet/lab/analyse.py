@@ -15,7 +15,7 @@ from jaxnet.contract import Array, UserError, check_batch_size
 from jaxnet.lab import _panels, record
 from jaxnet.lab._task import Progress, Task, TaskConfig, check_count, keys_of, known, make_task
 from jaxnet.lab.record import Claim, Line, Panel, Record, Series
-from jaxnet.learning_rate import Analysis, Ladder
+from jaxnet.learning_rate import Analysis, MeasuredStability
 
 MOMENTUM = 0.9
 OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
@@ -219,14 +219,14 @@ def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> 
         value = curvature.sharpness(task.loss, task.params, batch, key=keys[0], tol=1e-4).value
     predicted = float(learning_rate.maximal(value))
     rates = predicted * STEPS_OF_LADDER
-    ladder = learning_rate.measure_limits(task.loss, task.params, batch, rates, key=keys[1])
+    ladder = learning_rate.measure_stability(task.loss, task.params, batch, optax.sgd, rates=rates, key=keys[1])
     sampling = f"gradient descent on {n} examples"
     if np.isnan(float(ladder.limit)) and found.dtype == "float32":
         # Kinks (relu) lie closer to ω₀ than single precision can start beside it.
         with jax.enable_x64(True):
             double = lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
             params, batch = jax.tree.map(double, (task.params, batch))
-            ladder = learning_rate.measure_limits(task.loss, params, batch, rates, key=keys[1])
+            ladder = learning_rate.measure_stability(task.loss, params, batch, optax.sgd, rates=rates, key=keys[1])
         sampling += ", in float64"
     limit, error = float(ladder.limit), float(ladder.limit_error)
     high = float(ladder.plain_bracket[1])
@@ -253,7 +253,7 @@ def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> 
     return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels)
 
 
-def _of_plain_training(ladder: Ladder) -> str:
+def _of_plain_training(ladder: MeasuredStability) -> str:
     low, high = (float(x) for x in ladder.plain_bracket)
     if np.isnan(high):
         return f"measured: no rate of the ladder fails, up to {low:.3g}"

@@ -126,7 +126,7 @@ def _spent(words: str, pairs: Eigenpairs) -> tuple[str, int, str]:
 def _with_layers(found: Record, op: LinearOperator, key: Array) -> Record:
     whole = float(found.measurements["eigenvalues"][0])
     values: dict[str, float] = {}
-    for name, mask in _parts(op.params).items():
+    for name, mask in _parts(op.space.zeros()).items():
         values[name] = float(curvature.eigsh(curvature.restrict(op, mask), key=key).values[0])
     # Where the outputs saturate there may be no curvature left.
     share = lambda value: f"{value / whole:.0%} of the whole" if whole > 0 else ""
@@ -164,7 +164,7 @@ def _parts(params: ArrayTree) -> dict[str, Any]:
 
 def _with_density(config: SpectrumConfig, found: Record, op: LinearOperator, key: Array) -> Record:
     density = curvature.spectral_density(op, key=key, num_probes=config.num_probes, num_steps=config.num_steps)
-    n = sum(x.size for x in jax.tree.leaves(op.params))
+    n = op.space.size
     mean, error = (n * float(x) for x in density.mean(density.nodes))
     flat, _ = density.cumulative(jnp.array([-1e-3, 1e-3]) * found.measurements["eigenvalues"][0], 1e-9)
     rows = [

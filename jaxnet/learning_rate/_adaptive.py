@@ -11,8 +11,7 @@ from jax import lax
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree
-from jaxnet.curvature import LinearOperator
-from jaxnet.curvature._eigsh import find, make_plan
+from jaxnet.curvature import Eigensolver, LinearOperator, Space
 
 # A rate needs λ_max to so much, no more.
 _TOLERANCE = 0.05
@@ -48,7 +47,7 @@ class _Product:
 
     value_fn: Callable[[ArrayTree], Array]
 
-    def __call__(self, params: ArrayTree, operands: Any, v: ArrayTree) -> ArrayTree:
+    def __call__(self, params: ArrayTree, v: ArrayTree) -> ArrayTree:
         return jax.jvp(jax.grad(self.value_fn), (params,), (v,))[1]
 
 
@@ -102,12 +101,13 @@ def scale_by_sharpness(
                 "value_fn: expected the loss as a function of params, whose curvature decides, and params: "
                 "optimizer.update(grads, state, params, value_fn=lambda params: loss(params, batch))"
             )
-        op = LinearOperator(_Product(value_fn), params, ())
+        op = LinearOperator(_Product(value_fn), Space.of(params), params)
+        solver = Eigensolver(op.space, warm=True)
         norm = optax.tree.norm(updates).astype(state.norm.dtype)
 
         def check(state: ScaleBySharpnessState) -> ScaleBySharpnessState:
-            start_key = jax.random.fold_in(key, state.num_checks)
-            found, _ = find(op, state.vector, start_key, _TOLERANCE, make_plan(op, 1, "LA", None, None, True))
+            start = solver.start(jax.random.fold_in(key, state.num_checks), state.vector)
+            found, _ = solver.search(op, start, _TOLERANCE)
             value = found.values[0].astype(state.sharpness.dtype)
             known = jnp.isfinite(value) & (value != 0)
             wanted = fraction / jnp.abs(jnp.where(known, value, 1))

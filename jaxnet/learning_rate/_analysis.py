@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnet import contract
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, UserError, check_batch_size
 from jaxnet.curvature import Sharpness, sharpness
 from jaxnet.learning_rate._rates import NoisyCurvature, for_batch_size, maximal, noisy_curvature, optimal
@@ -185,14 +185,14 @@ class Analysis:
 
 
 def analyse(
-    loss: Loss, params: ArrayTree, batch: ArrayTree, *, key: Array, tol: float = 1e-3, num_probes: int = 32
+    loss: Loss, params: ArrayTree, batch: Any, *, key: Array, tol: float = 1e-3, num_probes: int = 32
 ) -> Analysis:
     """The learning rates that curvature and noise allow at ``params``.
 
     Args:
       loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
       params: the point.
-      batch: N >= 3 examples.
+      batch: N >= 3 examples, or a data set in batches; that is gone through once a Hessian product and twice a probe.
       key: a `jax.random.key` for start vectors and probes.
       tol: relative accuracy of λ_max.
       num_probes: random probes for tr(HΣ).
@@ -201,21 +201,33 @@ def analyse(
       An `Analysis`; printed, it is a table.
 
     Raises:
-      TypeError, ValueError: the arguments do not fit the contract; the loss or its curvature is not finite; or there
-        is no positive curvature, so that no rate follows from it; or the loss is no mean of independent examples.
+      TypeError: the arguments do not fit the contract.
+      UserError: the loss or its curvature is not finite; or there is no positive curvature, so that no rate follows
+        from it; or the loss is no mean of independent examples.
     """
-    n = contract.num_examples(batch)
+    batch = dataset.of(batch)
+    contract.check(loss, params, dataset.first(batch))
     curvature_key, probe_key = jax.random.split(key)
     sharp = sharpness(loss, params, batch, key=curvature_key, tol=tol, sampling_error=True)
     noise = noise_scale(loss, params, batch)
     value = float(sharp.value)
     if not (jnp.isfinite(sharp.value) and jnp.isfinite(noise.trace)):
-        where = contract.not_finite(params=params, batch=batch, loss=loss(params, batch))
-        raise UserError(f"not finite: {', '.join(where) or 'the gradient or the Hessian of the loss at these params'}")
+        where = _not_finite(loss, params, batch) or ["the gradient or the Hessian of the loss at these params"]
+        raise UserError(f"not finite: {', '.join(where)}")
     if value <= 0:
         raise UserError(
             f"loss: its largest Hessian eigenvalue is {value:.3g}, not positive, so no rate follows from it; "
             "is the loss flat or concave at these params?"
         )
     check_independent(loss, params, batch)
-    return Analysis(sharp, noise, noisy_curvature(loss, params, batch, key=probe_key, num_probes=num_probes), n)
+    curvature = noisy_curvature(loss, params, batch, key=probe_key, num_probes=num_probes)
+    return Analysis(sharp, noise, curvature, dataset.num_examples(batch))
+
+
+def _not_finite(loss: Loss, params: ArrayTree, batch: Any) -> list[str]:
+    """Where the first value that is not finite stands, of the params, the batches and the loss."""
+    for part in batch if dataset.on_host(batch) else [batch]:
+        where = contract.not_finite(params=params, batch=part, loss=loss(params, part))
+        if where:
+            return where
+    return []

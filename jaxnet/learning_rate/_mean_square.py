@@ -13,11 +13,10 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
-from jaxnet import contract, curvature, losses
+from jaxnet import contract, dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss, check_batch_size
-from jaxnet.curvature import LinearOperator, _search, hessian, materialize
-from jaxnet.curvature._eigsh import check_tolerance, make_plan
-from jaxnet.losses import ChunkedLoss, MeanLoss
+from jaxnet.curvature import Eigensolver, LinearOperator, Space, hessian, materialize
+from jaxnet.losses import MeanLoss
 from jaxnet.per_example import check_independent, gradients
 
 # The side of the largest second moment M: the search holds about sixteen of its size.
@@ -28,10 +27,10 @@ _AT_ONCE = 2**22
 _AT_MINIMUM = 1e-6
 
 
-def sgd_maximal(
+def sgd_stability(
     loss: Loss,
     params: ArrayTree,
-    data: ArrayTree,
+    batch: ArrayTree,
     batch_size: int | Sequence[int],
     *,
     replace: bool,
@@ -53,7 +52,7 @@ def sgd_maximal(
     Args:
       loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
       params: the point at which the Hessians are taken; on a quadratic loss any.
-      data: N examples.
+      batch: N examples.
       batch_size: B from 1 to N, or several of them.
       replace: whether a batch is drawn with replacement.
       gauss_newton: take the examples' Gauss–Newton matrices in place of H_n. They are never indefinite, and equal to
@@ -74,27 +73,27 @@ def sgd_maximal(
       Mulayoff & Michaeli, "Exact Mean Square Linear Stability Analysis for SGD", COLT 2024, with its C and D;
       the notion: Ma & Ying, "On Linear Stability of SGD and Input-Smoothness of Neural Networks", NeurIPS 2021.
     """
-    check_tolerance(tol)
-    shares = _noise_shares(data, batch_size, replace)
-    _check_start(loss, params, data)
-    found = _limits(loss, params, data, shares, tol, blocks=_of_outputs if gauss_newton else _of_params)
+    contract.check_tolerance(tol)
+    shares = _noise_shares(batch, batch_size, replace)
+    _check_start(loss, params, batch)
+    found = _limits(loss, params, batch, shares, tol, blocks=_of_outputs if gauss_newton else _of_params)
     _check_found(found)
     return found.rates
 
 
 def stationary_excess(
-    loss: Loss, params: ArrayTree, data: ArrayTree, batch_size: int, rate: ArrayLike, *, replace: bool
+    loss: Loss, params: ArrayTree, batch: ArrayTree, batch_size: int, rate: ArrayLike, *, replace: bool
 ) -> Array:
     """½tr(HM) with M = T(M) + η²pΣ: by how much SGD at a constant rate stays above a minimum, on average.
 
-    T and p are those of `sgd_maximal`, Σ = (1/N) Σ g_n g_nᵀ the covariance of the examples' gradients at the minimum.
+    T and p are those of `sgd_stability`, Σ = (1/N) Σ g_n g_nᵀ the covariance of the examples' gradients at the minimum.
     Exact on a quadratic loss with independent batches; reshuffled epochs bounce less. By conjugate gradients on
     (2C/η − D)M = pΣ, which is positive definite below the limit.
 
     Args:
       loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
       params: the minimum ω*.
-      data: N examples.
+      batch: N examples.
       batch_size: B from 1 to N.
       rate: η, or several.
       replace: whether a batch is drawn with replacement.
@@ -103,17 +102,17 @@ def stationary_excess(
       The expected E − E*, of the rate's shape, in units of the loss; inf from the limit on.
 
     Raises:
-      ValueError: as `sgd_maximal`; a rate is not positive and finite; or params are no minimum.
+      ValueError: as `sgd_stability`; a rate is not positive and finite; or params are no minimum.
 
     Reference:
       Mandt, Hoffman & Blei, "Stochastic Gradient Descent as Approximate Bayesian Inference", JMLR 2017, section 3.2,
       here to all orders in η and with the noise of the curvature.
     """
-    share = _noise_shares(data, check_batch_size(batch_size, contract.num_examples(data)), replace)
+    share = _noise_shares(batch, batch_size, replace)
     if not isinstance(rate, jax.core.Tracer) and not (np.isfinite(rate) & (np.asarray(rate) > 0)).all():
         raise ValueError(f"rate: expected positive and finite, got {rate}")
-    _check_start(loss, params, data)
-    found, excess, mean_squared, noise = _excess(loss, params, data, share, jnp.asarray(rate))
+    _check_start(loss, params, batch)
+    found, excess, mean_squared, noise = _excess(loss, params, batch, share, jnp.asarray(rate))
     _check_found(found)
     if not isinstance(noise, jax.core.Tracer) and mean_squared > _AT_MINIMUM * noise:
         raise ValueError(
@@ -168,13 +167,11 @@ class _ByProducts:
 
         def of_example(example: ArrayTree) -> Array:
             op = hessian(self.loss, self.params, jax.tree.map(lambda x: x[None], example))
-            on_rows = jax.vmap(lambda v: ravel_pytree(op(unravel(v)))[0])
+            on_rows = jax.vmap(lambda v: ravel_pytree(op @ unravel(v))[0])
             return on_rows(on_rows(rotated).T)
 
         size = max(1, _AT_ONCE // m.size)
-        mean = losses.chunked(self.loss, size).mean_over_chunks(
-            lambda chunk: jax.vmap(of_example)(chunk).mean(axis=0), self.data
-        )
+        mean = dataset.mean(lambda chunk: jax.vmap(of_example)(chunk).mean(axis=0), self.data, size=size)
         return self.vectors.T @ mean @ self.vectors
 
 
@@ -210,8 +207,7 @@ class _AlongOutputs:
 
 def _of_outputs(loss: Loss, params: ArrayTree, data: Any) -> _Blocks:
     """Of the Gauss–Newton matrices J_nᵀA_nJ_n, from the N·c rows of A_n^½J_n or, if smaller, their Gram matrix."""
-    curvature.gauss_newton(loss, params, data)  # raises unless the loss keeps its two parts
-    parts: Any = loss.loss if isinstance(loss, ChunkedLoss) else loss
+    parts, _ = losses.parts_of(loss)
     outputs = parts.outputs(params, data)
     n, shape = outputs.shape[0], outputs.shape[1:]
     curved = jax.vmap(jax.hessian(lambda o, t: parts.criterion(o[None], t[None])[0]))(outputs, jnp.asarray(data[1]))
@@ -245,7 +241,7 @@ def _scale(curvatures: Array) -> Array:
     return jnp.where(inside, 1 / jnp.sqrt(jnp.where(inside, sums, 1)), 0)
 
 
-def _scaled_product(like: Array, operands: tuple[_Blocks, Array], m: Array) -> Array:
+def _scaled_product(operands: tuple[_Blocks, Array], m: Array) -> Array:
     """C^-½ D C^-½ m."""
     blocks, share = operands
     scale, moment = _scale(blocks.curvatures), _scale(blocks.curvatures) * m
@@ -255,14 +251,12 @@ def _scaled_product(like: Array, operands: tuple[_Blocks, Array], m: Array) -> A
 
 def _operator(blocks: _Blocks, share: Array) -> LinearOperator:
     r = blocks.curvatures.size
-    return LinearOperator(_scaled_product, jnp.zeros((r, r), blocks.curvatures.dtype), (blocks, share))
+    return LinearOperator(_scaled_product, Space.of(jnp.zeros((r, r), blocks.curvatures.dtype)), (blocks, share))
 
 
 def _largest(op: LinearOperator, start: Array, tol: Array | float) -> Array:
     """λ_max by Lanczos steps from a start that sees it at least as well as a random one would."""
-    plan = make_plan(op, 1, "LA", None, None, warm=False)
-    end = _search.run(plan, op, start, tol, lax.while_loop)
-    return jnp.where(end.failed, jnp.nan, end.found.values[_search.rank("LA", end.found)[0]])
+    return Eigensolver(op.space).search(op, start, tol)[0].values[0]
 
 
 def _find_limits(blocks: _Blocks, shares: Array, tol: Array | float) -> _Limits:
@@ -303,7 +297,7 @@ def _excess(
     scale, op = _scale(values), _operator(blocks, share.astype(values.dtype))
 
     def below_limit(rate: Array) -> Array:
-        shifted = lambda m: 2 / rate * m - op(m)
+        shifted = lambda m: 2 / rate * m - op @ m
         m = jax.scipy.sparse.linalg.cg(shifted, share * scale * covariance, tol=10 * eps, maxiter=1000)[0]
         return jnp.vdot(values, jnp.diag(scale * m)) / 2
 
@@ -321,6 +315,7 @@ def _excess(
 
 def _noise_shares(data: ArrayTree, batch_size: int | Sequence[int], replace: bool) -> Array:
     """p for each B."""
+    dataset.check_in_memory("batch", data, "pass a sample that fits in memory")
     n = contract.num_examples(data)
     sizes = np.asarray(batch_size)
     for size in sizes.ravel().tolist():

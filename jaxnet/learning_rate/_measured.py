@@ -12,9 +12,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxnet import contract
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
-from jaxnet.curvature import _lanczos
+from jaxnet.curvature import Space
 
 # The oscillation's growth is taken from so many steps: what negative curvature makes of rounding errors stays small.
 _STEPS = 12
@@ -23,7 +23,7 @@ _FILTER_STEPS = 100
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Ladder:
+class MeasuredStability:
     """An optimizer at each of R rates, twice: about a fixed point, and plainly.
 
     Attributes:
@@ -53,18 +53,18 @@ class Ladder:
         return self.limits.std(ddof=1) if self.limits.size > 1 else jnp.full((), jnp.nan)
 
 
-def measure_limits(
+def measure_stability(
     loss: Loss,
     params: ArrayTree,
     batch: ArrayTree,
-    rates: ArrayLike,
+    make_optimizer: MakeOptimizer,
     *,
+    rates: ArrayLike,
     key: Array,
-    make_optimizer: MakeOptimizer = optax.sgd,
     opt_state: Any = None,
     num_starts: int = 3,
     num_steps: int = 60,
-) -> Ladder:
+) -> MeasuredStability:
     """Measure the limit of stability at ``params``, and where plain training fails, without any Hessian product.
 
     On the tilted loss E(ω) − ⟨g(ω₀), ω⟩ the point ω₀ is a fixed point of gradient descent. Started beside it, the
@@ -80,15 +80,16 @@ def measure_limits(
       loss: ``loss(params, batch) -> scalar``.
       params: ω₀.
       batch: the examples, all of them at each step.
+      make_optimizer: the maker, such as `optax.sgd`, called with each rate; weight decay belongs into the loss, or ω₀
+        is no fixed point.
       rates: (R,) ascending; their geometric middle should be near the limit expected.
       key: a `jax.random.key` for the random starts.
-      make_optimizer: the maker, called with each rate; weight decay belongs into the loss, or ω₀ is no fixed point.
       opt_state: the state to start in, such as Adam's second moments, its momentum zero; by default a fresh one.
       num_starts: D, how many starts; their spread is the error of the limit.
       num_steps: T, the steps of plain training.
 
     Returns:
-      A `Ladder`.
+      A `MeasuredStability`.
 
     Raises:
       TypeError: the params are in half precision.
@@ -98,6 +99,7 @@ def measure_limits(
       The tilt: Wu, Ma & E, "How SGD Selects the Global Minima", NeurIPS 2018, section 2 (linear stability of a fixed
       point); plain failure: Lewkowycz et al., "The Large Learning Rate Phase of Deep Learning", 2020.
     """
+    dataset.check_in_memory("measure_stability", batch, "pass a sample that fits in memory")
     contract.check_params(params)
     values = np.asarray(rates, dtype=np.float64)
     if values.ndim != 1 or len(values) < 3 or not (values > 0).all() or not (np.diff(values) > 0).all():
@@ -116,7 +118,7 @@ def measure_limits(
     failed = ~(plain[:, -1] < plain[:, 0])
     first = int(np.argmax(failed)) if failed.any() else len(values)
     ends = np.concatenate([[np.nan], values, [np.nan]])
-    return Ladder(
+    return MeasuredStability(
         jnp.asarray(values), jnp.asarray(growth), jnp.asarray(limits), jnp.asarray(plain),
         jnp.asarray(ends[[first, first + 1]]),
     )  # fmt: skip
@@ -180,7 +182,7 @@ def _begin(make_optimizer: MakeOptimizer, rate: float, params: ArrayTree) -> tup
 
 @jax.jit
 def _start(params: ArrayTree, key: Array) -> ArrayTree:
-    return _resized(params, _lanczos.random_like(key, params))
+    return _resized(params, Space.of(params).random(key))
 
 
 @jax.jit(static_argnames="loss")

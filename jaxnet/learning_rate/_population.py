@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxnet import contract
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, check_batch_size
 from jaxnet.learning_rate._measured import starting_distance
 
@@ -38,7 +38,7 @@ def one_by_one(factors: Array, u: Array) -> tuple[Array, Array]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SgdLimit:
+class MeasuredSgdStability:
     """The rate from which SGD's distance from a point grows, by bisection, R times.
 
     Attributes:
@@ -63,10 +63,10 @@ class SgdLimit:
         return self.limits.std(ddof=1) / r**0.5 if r > 1 else jnp.full((), jnp.nan)
 
 
-def measure_sgd_limit(
+def measure_sgd_stability(
     loss: Loss,
     params: ArrayTree,
-    data: ArrayTree,
+    batch: ArrayTree,
     batch_size: int,
     *,
     highest: float,
@@ -77,7 +77,7 @@ def measure_sgd_limit(
     num_steps: int = 400,
     num_repeats: int = 3,
     num_halvings: int = 11,
-) -> SgdLimit:
+) -> MeasuredSgdStability:
     """Measure the rate from which SGD about ``params`` grows apart from them, without any Hessian product.
 
     Many runs start at ω₀ + δ, each with batches of its own, and each step is held against the same step from ω₀:
@@ -88,19 +88,19 @@ def measure_sgd_limit(
     Args:
       loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
       params: ω₀.
-      data: N examples.
+      batch: N examples.
       batch_size: B from 1 to N.
       highest: the upper end of the bisection, a rate that grows; its lower end is 0.
       key: a `jax.random.key` for starts, batches and splits.
       replace: whether a batch is drawn with replacement.
-      follow: `in_mean_square`, the limit of `sgd_maximal`, or `one_by_one`, that of single trajectories.
+      follow: `in_mean_square`, the limit of `sgd_stability`, or `one_by_one`, that of single trajectories.
       num_particles: how many runs.
       num_steps: of each at each rate.
       num_repeats: R, whose spread is the error.
       num_halvings: H; the resolution is ``highest``/2^H.
 
     Returns:
-      An `SgdLimit`.
+      A `MeasuredSgdStability`.
 
     Raises:
       ValueError: B is not in 1…N, or ``highest`` is not positive and finite.
@@ -109,22 +109,23 @@ def measure_sgd_limit(
       The splitting: Del Moral, "Feynman-Kac Formulae", 2004, section 2.5; the two limits of products of random
       matrices: Furstenberg & Kesten, "Products of Random Matrices", 1960.
     """
-    check_batch_size(batch_size, contract.check(loss, params, data))
+    dataset.check_in_memory("measure_sgd_stability", batch, "pass a sample that fits in memory")
+    check_batch_size(batch_size, contract.check(loss, params, batch))
     if not 0 < highest < np.inf:
         raise ValueError(f"highest: expected a positive and finite rate, got {highest}")
     # The same draws at each rate: the growth is then a smooth function of it.
     shape = num_repeats, _UPHILL + num_steps, num_particles
-    draws = _draw(params, key, contract.num_examples(data), batch_size, replace, shape)
+    draws = _draw(params, key, contract.num_examples(batch), batch_size, replace, shape)
     low, high = np.zeros(num_repeats), np.full(num_repeats, float(highest))
     rates, growth = [], []
     for _ in range(num_halvings):
         middle = (low + high) / 2
-        values = np.asarray(_log_growth(loss, params, data, jnp.asarray(middle), draws, follow))
+        values = np.asarray(_log_growth(loss, params, batch, jnp.asarray(middle), draws, follow))
         # What is not finite has grown.
         low, high = np.where(values < 0, middle, low), np.where(values < 0, high, middle)
         rates.append(middle)
         growth.append(np.exp(values))
-    return SgdLimit(jnp.asarray((low + high) / 2), jnp.asarray(rates), jnp.asarray(growth))
+    return MeasuredSgdStability(jnp.asarray((low + high) / 2), jnp.asarray(rates), jnp.asarray(growth))
 
 
 class _Draws(NamedTuple):

@@ -11,11 +11,11 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnet import contract
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, check_batch_size
 from jaxnet.data import reshuffled
 from jaxnet.learning_rate._analysis import Analysis, analyse
-from jaxnet.training import TrainState, init_state, make_update
+from jaxnet.training import TrainState, init_state, make_update, trajectory
 
 
 @jax.tree_util.register_dataclass
@@ -143,6 +143,7 @@ def range_test(
       Smith, "Cyclical Learning Rates for Training Neural Networks", WACV 2017, section 3.3; steepest, minimum/10 and
       valley after what fastai's ``lr_find`` suggests.
     """
+    dataset.check_in_memory("range_test", data, "pass a sample that fits in memory")
     n = contract.num_examples(data)
     if batch_size is not None:
         batch_size = check_batch_size(batch_size, n)
@@ -202,14 +203,14 @@ def _train(
     batches = _batches(key, contract.num_examples(data), batch_size, num_steps + 1)
     batch_of = lambda rows: data if batch_size is None else jax.tree.map(lambda x: x[rows], data)
 
-    def step(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Array]:
+    def step(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Any]:
         rate, rows = inputs
         state = state._replace(opt_state=_with_rate(state.opt_state, rate))
-        state, metrics = make_update(loss, make_optimizer(rate))(state, batch_of(rows))
-        return state, metrics["loss"]
+        return make_update(loss, make_optimizer(rate))(state, batch_of(rows))
 
     of_step = jnp.repeat(rates, steps_per_rate)
-    state, before = lax.scan(step, state, (of_step, batches[:-1]))
+    state, metrics = trajectory(step, state, (of_step, batches[:-1]))
+    before = metrics["loss"]
     after = jnp.append(before[1:], loss(state.params, batch_of(batches[-1])))
     return before[0], after.reshape(-1, steps_per_rate).mean(axis=1)
 

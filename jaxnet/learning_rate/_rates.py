@@ -1,11 +1,14 @@
 """Learning rates in closed form."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import hessian
 from jaxnet.per_example import gradients
@@ -58,13 +61,13 @@ def _inverse(curvature: Array) -> Array:
     return jnp.where(curvature < 0, jnp.nan, 1 / jnp.abs(curvature))
 
 
-def greedy(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Array:
+def greedy(loss: Loss, params: ArrayTree, batch: Any) -> Array:
     """η = g·g / g·Hg, which minimises the quadratic model of the loss along its own gradient g.
 
     Args:
       loss: ``loss(params, batch) -> scalar``.
       params: the point.
-      batch: the examples.
+      batch: the examples, or a data set in batches.
 
     Returns:
       The rate; NaN where g·Hg is negative.
@@ -72,14 +75,14 @@ def greedy(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Array:
     Reference:
       McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, eq. 2.5 (ε_max).
     """
-    squared, curved = _greedy_parts(loss, params, batch)
+    squared, curved = _greedy_parts(loss, params, dataset.of(batch))
     return squared * _inverse(curved)
 
 
-@jax.jit(static_argnames="loss")
-def _greedy_parts(loss: Loss, params: ArrayTree, batch: ArrayTree) -> tuple[Array, Array]:
-    gradient = jax.grad(loss)(params, batch)
-    product = hessian(loss, params, batch)(gradient)
+@functools.partial(dataset.jit, static_argnames="loss")
+def _greedy_parts(loss: Loss, params: ArrayTree, data: Any) -> tuple[Array, Array]:
+    gradient = dataset.mean(contract.ValueAndGrad(loss), data, params)[1]
+    product = hessian(loss, params, data) @ gradient
     return optax.tree.norm(gradient, squared=True), optax.tree.vdot(gradient, product)
 
 
@@ -111,10 +114,7 @@ class NoisyCurvature:
         return self.along_noise / self.along_gradient
 
 
-@jax.jit(static_argnames=("loss", "num_probes"))
-def noisy_curvature(
-    loss: Loss, params: ArrayTree, batch: ArrayTree, *, key: Array, num_probes: int = 32
-) -> NoisyCurvature:
+def noisy_curvature(loss: Loss, params: ArrayTree, batch: Any, *, key: Array, num_probes: int = 32) -> NoisyCurvature:
     """g·g, g·Hg and tr(HΣ) at a point, without N Hessian products.
 
     A probe is u = Σ_n z_n (g_n − ḡ)/√(N − 1) with random signs z: its covariance is Σ, so u·Hu averages to tr(HΣ).
@@ -122,7 +122,7 @@ def noisy_curvature(
     Args:
       loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
       params: the point.
-      batch: N >= 2 examples.
+      batch: N >= 2 examples, or a data set in batches, gone through twice a probe.
       key: a `jax.random.key` for the signs.
       num_probes: how many u to average over.
 
@@ -135,22 +135,27 @@ def noisy_curvature(
     Reference:
       McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, eqs. 2.7 and 2.8.
     """
-    grads = gradients(loss, params, batch)
+    return _noisy_curvature(loss, params, dataset.of(batch), key, num_probes)
+
+
+@functools.partial(dataset.jit, static_argnames=("loss", "num_probes"))
+def _noisy_curvature(loss: Loss, params: ArrayTree, data: Any, key: Array, num_probes: int) -> NoisyCurvature:
+    grads = gradients(loss, params, data)
     n = grads.num_examples
     if n < 2:
         raise ValueError("batch: the gradient's noise needs 2 examples or more, got 1")
-    op, mean = hessian(loss, params, batch), grads.mean()
+    op, mean = hessian(loss, params, data), grads.mean()
 
     def probe(key: Array) -> Array:
         signs = jax.random.rademacher(key, (n,), dtype=jnp.result_type(float))
         # Σ z_n (g_n − ḡ) is one weighted sum: the mean's share moves into the weights.
         u = grads.weighted_sum((signs - signs.mean()) / jnp.sqrt(n - 1.0))
-        return optax.tree.vdot(u, op(u))
+        return optax.tree.vdot(u, op @ u)
 
-    values = jax.lax.map(probe, jax.random.split(key, num_probes))
+    values = dataset.map(probe, jax.random.split(key, num_probes), data=data)
     return NoisyCurvature(
         gradient_squared=optax.tree.norm(mean, squared=True),
-        along_gradient=optax.tree.vdot(mean, op(mean)),
+        along_gradient=optax.tree.vdot(mean, op @ mean),
         along_noise=values.mean(),
         standard_error=values.std(ddof=1) / num_probes**0.5,
     )

@@ -1,6 +1,7 @@
 """The largest stable rate of an optax optimizer in the state that it is in, by linearising its update."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxnet import contract, dataset
-from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.contract import Array, ArrayTree, Loss, UserError
 from jaxnet.curvature import LinearOperator, eigsh, hessian
 
 
@@ -36,32 +37,12 @@ class Stability:
         return self.rate / self.limit
 
 
-def stability_limit(
-    optimizer: optax.GradientTransformation,
-    opt_state: Any,
-    loss: Loss,
-    params: ArrayTree,
-    batch: ArrayTree,
-    *,
-    key: Array,
-    tol: float = 1e-3,
-) -> Array:
-    """The largest stable rate of this optimizer in this state; all that `stability` finds is in its result.
-
-    2/λ for gradient descent, (2 + 2β)/λ for the heavy ball, (2 + 2β)/((1 + 2β)λ) for Nesterov's, and for Adam
-    (2 + 2β₁)/((1 − β₁)λ) with λ = λ_max(P⁻¹H), P = (1 − β₁ᵗ) diag(√ν̂ + ε).
-
-    Args, raises and reference: as of `stability`.
-    """
-    return stability(optimizer, opt_state, loss, params, batch, key=key, tol=tol).limit
-
-
 def stability(
-    optimizer: optax.GradientTransformation,
-    opt_state: Any,
     loss: Loss,
     params: ArrayTree,
-    batch: ArrayTree,
+    batch: Any,
+    optimizer: optax.GradientTransformation,
+    opt_state: Any,
     *,
     key: Array,
     tol: float = 1e-3,
@@ -82,13 +63,13 @@ def stability(
     `optax.inject_hyperparams` names it, and is else what the response leaves when momentum and moments are divided out.
 
     Args:
+      loss: ``loss(params, batch) -> scalar``.
+      params: the point.
+      batch: the examples, or a data set in batches.
       optimizer: `optax.sgd`, with momentum or Nesterov's, `adam`, `adamw`, `nadam`, `amsgrad`, `adagrad`, `rmsprop`, or
         a chain of their parts with `ema`, scales, schedules and decay of weights, masked or not; wrapped in
         `inject_hyperparams` or not.
       opt_state: its state; a schedule counts as it stands there.
-      loss: ``loss(params, batch) -> scalar``.
-      params: the point.
-      batch: the examples.
       key: a `jax.random.key` for the start vector.
       tol: relative accuracy of the limit.
       v0: a start vector, such as ``vector`` of a state nearby.
@@ -108,9 +89,8 @@ def stability(
     """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"optimizer: expected one that is made, such as optax.sgd(0.1), got {type(optimizer).__name__}")
-    if dataset.on_host(dataset.of(batch)):
-        raise TypeError("batch: expected one batch, got a data set in batches; see losses.chunked for a large one")
-    contract.check(loss, params, batch)
+    batch = dataset.of(batch)
+    contract.check(loss, params, dataset.first(batch))
     params = jax.tree.map(jnp.asarray, params)
     wanted: list[Any] = [jax.tree.structure(x) for x in (jax.eval_shape(optimizer.init, params), opt_state)]
     if wanted[0] != wanted[1]:
@@ -118,12 +98,13 @@ def stability(
     _check_known(opt_state)
     _check_precision(params, opt_state)
     value, grad = _value_and_grad(loss, params, batch)
-    where = contract.not_finite(params=params, batch=batch, loss=value)
-    if where:
-        raise ValueError(f"not finite: {', '.join(where)}")
-    found = _respond(optimizer, loss, opt_state, params, batch, value, grad)
+    if not jnp.isfinite(value) or contract.not_finite(params=params, grad=grad):
+        where = contract.not_finite(params=params, batch=dataset.first(batch), loss=value, gradient=grad)
+        raise UserError(f"not finite: {', '.join(where)}")
+    found = _respond(optimizer, opt_state, params, value, grad)
     _check_response(found)
-    op = LinearOperator(_Alternating(loss), params, (batch, found.root, found.decay))
+    op = hessian(loss, params, batch)
+    op = LinearOperator(_alternating, op.space, (op, found.root, found.decay))
     pairs = eigsh(op, tol=tol, key=key, v0=v0)
     top = float(pairs.values[0])
     if not top > 0:
@@ -139,16 +120,11 @@ def stability(
     return Stability(found.rate, limit, jax.tree.map(lambda x: x[0], pairs.vectors), pairs.num_matvecs)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Alternating:
+def _alternating(operands: Any, v: ArrayTree) -> ArrayTree:
     """R^½ H R^½ + D."""
-
-    loss: Loss
-
-    def __call__(self, params: ArrayTree, operands: Any, v: ArrayTree) -> ArrayTree:
-        batch, root, decay = operands
-        curved = hessian(self.loss, params, batch)(jax.tree.map(jnp.multiply, root, v))
-        return jax.tree.map(lambda r, h, d, x: r * h + d * x, root, curved, decay, v)
+    op, root, decay = operands
+    curved = op @ jax.tree.map(jnp.multiply, root, v)
+    return jax.tree.map(lambda r, h, d, x: r * h + d * x, root, curved, decay, v)
 
 
 class _Fields(NamedTuple):
@@ -251,33 +227,27 @@ Update = Callable[[Any, Any, Any], tuple[Any, Any]]
 Linear = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-@jax.jit(static_argnames="loss")
-def _value_and_grad(loss: Loss, params: ArrayTree, batch: ArrayTree) -> tuple[Array, ArrayTree]:
+@functools.partial(dataset.jit, static_argnames="loss")
+def _value_and_grad(loss: Loss, params: ArrayTree, data: Any) -> tuple[Array, ArrayTree]:
     """Compiled apart from what differs with the optimizer."""
-    return jax.value_and_grad(loss)(params, batch)
+    return dataset.mean(contract.ValueAndGrad(loss), data, params)
 
 
-@jax.jit(static_argnames=("optimizer", "loss"))
+@jax.jit(static_argnames="optimizer")
 def _respond(
-    optimizer: optax.GradientTransformation,
-    loss: Loss,
-    opt_state: Any,
-    params: ArrayTree,
-    batch: ArrayTree,
-    value: Array,
-    grad: ArrayTree,
+    optimizer: optax.GradientTransformation, opt_state: Any, params: ArrayTree, value: Array, grad: ArrayTree
 ) -> _Response:
     extended = optax.with_extra_args_support(optimizer)
 
     def update(g: ArrayTree, state: Any, p: ArrayTree) -> tuple[ArrayTree, Any]:
-        return extended.update(g, state, p, value=value, grad=grad, value_fn=lambda p: loss(p, batch))
+        return extended.update(g, state, p, value=value, grad=grad)
 
     _, after = update(grad, opt_state, params)
     rate, spread = _rate(update, opt_state, params)
     injected = [x for _, x in optax.tree.get_all_with_path(after, "learning_rate", lambda _, x: hasattr(x, "dtype"))]
     if len(injected) == 1:
         rate, spread = injected[0].astype(rate.dtype), jnp.zeros_like(spread)
-    linear = _linearise(update, _held(update, _map("counts", lambda t: t - 1, opt_state), opt_state, params), params)
+    linear = _linearise(update, _frozen(update, _map("counts", lambda t: t - 1, opt_state), opt_state, params), params)
     response, decay = optax.tree.scale(-1, (_driven(linear, -1, 1, 0), _driven(linear, -1, 0, 1)))
     return _Response(
         root=jax.tree.map(jnp.sqrt, response),
@@ -295,7 +265,7 @@ def _filled(value: float, tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.full_like(x, value), tree)
 
 
-def _held(update: Update, state: Any, wanted: Any, params: ArrayTree) -> Any:
+def _frozen(update: Update, state: Any, wanted: Any, params: ArrayTree) -> Any:
     """``state`` with those averages that an update by no gradient takes to the averages of ``wanted``."""
     # Of a parameter that never had a gradient the root's derivative would be infinite.
     floor = lambda x: jnp.where(x == 0, jnp.finfo(x.dtype).tiny / jnp.finfo(x.dtype).eps, x)
@@ -307,7 +277,7 @@ def _held(update: Update, state: Any, wanted: Any, params: ArrayTree) -> Any:
     return state
 
 
-def _linearise(update: Update, held: Any, params: ArrayTree) -> Linear:
+def _linearise(update: Update, frozen: Any, params: ArrayTree) -> Linear:
     """(δg, δm, δω) → (δu, δm′) about no gradient and no momentum, where averages of squares stand still.
 
     A number stands for a pytree filled with it.
@@ -315,10 +285,10 @@ def _linearise(update: Update, held: Any, params: ArrayTree) -> Linear:
 
     def step(g: ArrayTree, momentum: list[ArrayTree], p: ArrayTree) -> tuple[ArrayTree, list[ArrayTree]]:
         given = iter(momentum)
-        u, after = update(g, _map("momentum", lambda _: next(given), held), p)
+        u, after = update(g, _map("momentum", lambda _: next(given), frozen), p)
         return u, _collect("momentum", after)
 
-    origin = (_filled(0, params), _filled(0, _collect("momentum", held)), params)
+    origin = (_filled(0, params), _filled(0, _collect("momentum", frozen)), params)
     tangent = jax.linearize(step, *origin)[1]
     tree = lambda x, like: _filled(x, like) if isinstance(x, int) else x
     return lambda *given: tangent(*map(tree, given, origin))
@@ -341,7 +311,7 @@ def _rate(update: Update, opt_state: Any, params: ArrayTree) -> tuple[Array, Arr
         wanted = _map("squares", lambda x: _filled(square, x), opt_state)
         wanted = _map("means", lambda x: _filled(0, x), wanted)
         far = _map("counts", lambda t: jnp.full_like(t, count), opt_state)
-        linear = _linearise(update, _held(update, far, wanted, params), params)
+        linear = _linearise(update, _frozen(update, far, wanted, params), params)
         steady = optax.tree.scale(-(square**0.5) if _collect("squares", opt_state) else -1, _driven(linear, 1, 1, 0))
         if not _collect("sums", opt_state):
             return steady
@@ -358,8 +328,13 @@ def _rate(update: Update, opt_state: Any, params: ArrayTree) -> tuple[Array, Arr
 def _nonlinear(update: Update, opt_state: Any, params: ArrayTree, grad: ArrayTree) -> Array:
     """How far the next update is from linear, element by element, in all but its second moments; relative."""
     updates, after = update(grad, opt_state, params)
-    linear = _linearise(update, _held(update, opt_state, after, params), params)
+    # The linear part is taken about no gradient and no momentum, with the second moments that the step leads to. What a
+    # linear update with those moments would do is then known before it is compared with what the optimizer does do: a
+    # clip in force, or a sign, is linear about 0 and differs from that here.
+    linear = _linearise(update, _frozen(update, opt_state, after, params), params)
     expected, _ = linear(grad, _collect("momentum", opt_state), params)
+    # A linear map need not be a diagonal one, which the limit assumes: the answer to a gradient of ones, times the
+    # gradient, has to be the answer to the gradient. A norm's derivative, which mixes the elements, fails here.
     by_element = jax.tree.map(jnp.multiply, linear(1, 0, 0)[0], grad)
     pairs = ((updates, expected), (linear(grad, 0, 0)[0], by_element))
     apart = [optax.tree.norm(optax.tree.sub(a, b)) for a, b in pairs]

@@ -3,12 +3,10 @@
 from jaxnet.per_example._gradients import PerExampleGradients, gradients
 from jaxnet.per_example._independent import check_independent
 from jaxnet.per_example._noise import NoiseScale, noise_scale
-from jaxnet.per_example._streamed import StreamedGradients
 
 __all__ = [
     "NoiseScale",
     "PerExampleGradients",
-    "StreamedGradients",
     "check_independent",
     "gradients",
     "noise_scale",

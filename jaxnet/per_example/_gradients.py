@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxnet import contract
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example import _taps
-from jaxnet.per_example._held import Factors, Held, hold, words
-from jaxnet.per_example._leaves import at_once, over_chunks
+from jaxnet.per_example._held import Factors, Held, described, hold
+from jaxnet.per_example._leaves import at_once
 
 # Factors of up to so many numbers are held; of more, those of a chunk of examples at a time.
 _HELD = 2**22
@@ -24,6 +24,8 @@ _HELD = 2**22
 @dataclasses.dataclass(frozen=True)
 class PerExampleGradients:
     """g_n = ∂E_n/∂ω for each example n, where E = (1/N) Σ E_n.
+
+    Of a data set in batches every method but ``gram`` and ``dense`` is a pass over the batches, on the host.
 
     Attributes:
       loss: the loss E; E_n is its value on a batch of one.
@@ -35,98 +37,98 @@ class PerExampleGradients:
 
     loss: Loss = dataclasses.field(metadata={"static": True})
     params: ArrayTree
-    batch: ArrayTree
+    batch: Any
     factors: Factors | None
 
     @property
     def num_examples(self) -> int:
-        """N."""
-        return contract.num_examples(self.batch)
+        """N; of a data set in batches, by a pass over them."""
+        return dataset.num_examples(self.batch)
 
     @property
     def plan(self) -> dict[str, str]:
         """For each leaf of params, how its gradients are held, and why."""
-        found = _taps.trace(self.loss, self.params, self.batch)
-        factors = self.factors or _shapes(self.loss, self.params, self.batch)
+        batch = dataset.first(self.batch)
+        found = _taps.trace(self.loss, self.params, batch)
+        factors = self.factors or _shapes(self.loss, self.params, batch)
         paths = [f"params{jax.tree_util.keystr(p)}" for p, _ in jax.tree_util.tree_leaves_with_path(self.params)]
-        return {path: words(tap, held) for path, tap, held in zip(paths, found.taps, factors, strict=True)}
+        return {path: described(tap, held) for path, tap, held in zip(paths, found.taps, factors, strict=True)}
 
-    def _reduce(self, method: Callable[[Held, Any], tuple[Any, Any]], given: Any = ()) -> tuple[Any, Any]:
-        """``method(held, given) -> (an entry an example, a sum over them)``, by chunks if need be."""
+    def rows(self, method: Callable[..., Any], *given: Any) -> Any:
+        """``method(held, *given)``, entries (N, ...) for the examples, of their `Held` gradients."""
         if self.factors is not None:
-            return method(Held(self.loss, self.params, self.batch, self.factors), given)
+            return method(Held(self.loss, self.params, self.batch, self.factors), *given)
+        return dataset.rows(_OfBatch(self.loss, method, dataset.rows), self.batch, self.params, *given)
 
-        def of_chunk(chunk: Any) -> tuple[Any, Any]:
-            batch, part = chunk
-            return method(Held(self.loss, self.params, batch, hold(self.loss, self.params, batch)), part)
+    def total(self, method: Callable[..., Any], *given: Any, weights: Array | None = None) -> Any:
+        """The sum over examples that ``method(held, *given)`` gives; or ``method(held, part of weights, *given)``."""
+        weighted = weights is not None
+        if self.factors is not None:
+            held = Held(self.loss, self.params, self.batch, self.factors)
+            return method(held, weights, *given) if weighted else method(held, *given)
+        data = dataset.with_rows(self.batch, weights) if weighted else self.batch
+        return dataset.total(_OfBatch(self.loss, method, dataset.total, weighted), data, self.params, *given)
 
-        return over_chunks(of_chunk, (self.batch, given), at_once(_size(self.loss, self.params, self.batch)))
-
-    @jax.jit
+    @dataset.jit
     def weighted_sum(self, weights: Array) -> ArrayTree:
         """Σ_n w_n g_n, like params, for weights (N,).
 
         Raises:
           ValueError: the weights are not (N,).
         """
-        if jnp.shape(weights) != (self.num_examples,):
+        if not dataset.on_host(self.batch) and jnp.shape(weights) != (self.num_examples,):
             raise ValueError(f"weights: expected shape ({self.num_examples},), got {jnp.shape(weights)}")
-        weights = lax.stop_gradient(jnp.asarray(weights))
-        return self._reduce(lambda held, weights: ((), held.weighted_sum(weights)), weights)[1]
+        return self.total(Held.weighted_sum, weights=lax.stop_gradient(jnp.asarray(weights)))
 
-    @jax.jit
+    @dataset.jit
     def mean(self) -> ArrayTree:
         """ḡ = (1/N) Σ g_n, the gradient of E, like params."""
         if self.factors is None:
-            return jax.grad(self.loss)(self.params, self.batch)
+            return dataset.mean(contract.ValueAndGrad(self.loss), self.batch, self.params)[1]
         n = self.num_examples
         return self.weighted_sum(jnp.full(n, 1 / n))
 
-    @jax.jit
+    @dataset.jit
     def vdot(self, tree: ArrayTree) -> Array:
         """g_n·v for a vector v like params, (N,)."""
-        return self._reduce(lambda held, _: (held.vdot(tree), ()))[0]
+        return self.rows(Held.vdot, tree)
 
-    @jax.jit
+    @dataset.jit
     def norms(self) -> Array:
         """‖g_n‖ over all leaves, (N,)."""
-        return jnp.sqrt(sum(jax.tree.leaves(self._squares())))
+        return jnp.sqrt(sum(jax.tree.leaves(self.rows(Held.squares))))
 
-    @jax.jit
+    @dataset.jit
     def leaf_norms(self) -> ArrayTree:
         """‖g_n‖ of each leaf by itself, a pytree like params of (N,)."""
-        return jax.tree.map(jnp.sqrt, self._squares())
+        return jax.tree.map(jnp.sqrt, self.rows(Held.squares))
 
-    def _squares(self) -> ArrayTree:
-        return self._reduce(lambda held, _: (held.squares(), ()))[0]
-
-    @jax.jit
+    @dataset.jit
     def cosine(self, tree: ArrayTree) -> Array:
         """g_n·v / ‖g_n‖‖v‖ for a vector v like params, (N,); NaN where a norm is 0."""
-        return self.vdot(tree) / (self.norms() * optax.tree.norm(tree))
+        along, squares = self.rows(_products_and_squares, tree)
+        return along / (jnp.sqrt(squares) * optax.tree.norm(tree))
 
-    @jax.jit
+    @dataset.jit
     def clipped_mean(self, max_norm: Array | float) -> ArrayTree:
         """(1/N) Σ g_n min(1, max_norm/‖g_n‖), like params.
 
         Reference:
           Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, algorithm 1, without its noise.
         """
-        norms = self.norms()
-        return self.weighted_sum(jnp.minimum(1, max_norm / jnp.where(norms > 0, norms, 1)) / self.num_examples)
+        return optax.tree.scale(1 / self.num_examples, self.total(_clipped_sum, jnp.asarray(max_norm)))
 
-    @jax.jit
+    @dataset.jit
     def distances(self, tree: ArrayTree) -> Array:
         """‖g_n − v‖ over all leaves, for a vector v like params, (N,)."""
-        return jnp.sqrt(self._reduce(lambda held, _: (held.squared_distances(tree), ()))[0])
+        return jnp.sqrt(self.rows(Held.squared_distances, tree))
 
-    @jax.jit
+    @dataset.jit
     def second_moment(self) -> ArrayTree:
         """(1/N) Σ g_n², elementwise, like params."""
-        total = self._reduce(lambda held, _: ((), held.sum_of_squares()))[1]
-        return jax.tree.map(lambda x: x / self.num_examples, total)
+        return jax.tree.map(lambda x: x / self.num_examples, self.total(Held.sum_of_squares))
 
-    @jax.jit
+    @dataset.jit
     def variance(self) -> ArrayTree:
         """Σ (g_n − ḡ)²/(N − 1), elementwise and unbiased, like params.
 
@@ -138,25 +140,69 @@ class PerExampleGradients:
             raise ValueError("variance: expected two examples or more, got 1")
         return jax.tree.map(lambda x: x / (n - 1), self.sum_of_deviations(self.mean()))
 
-    @jax.jit
+    @dataset.jit
     def sum_of_deviations(self, tree: ArrayTree) -> ArrayTree:
         """Σ (g_n − v)², elementwise, for a vector v like params."""
-        return self._reduce(lambda held, _: ((), held.sum_of_deviations(tree)))[1]
+        return self.total(Held.sum_of_deviations, tree)
 
-    @jax.jit
     def gram(self) -> Array:
-        """g_n·g_m, (N, N)."""
-        # Every pair of examples meets: all factors are needed at once.
-        factors = self.factors or hold(self.loss, self.params, self.batch)
-        return Held(self.loss, self.params, self.batch, factors).gram()
+        """g_n·g_m, (N, N).
+
+        Raises:
+          TypeError: the examples are a data set in batches.
+        """
+        dataset.check_in_memory("gram", self.batch, "every pair of examples meets: take fewer of them as one batch")
+        return _gram(self)
 
     @jax.jit
+    def _dense(self) -> ArrayTree:
+        return self.rows(Held.dense)
+
     def dense(self) -> ArrayTree:
-        """All g_n, leaves (N, ...): N copies of the params."""
-        return self._reduce(lambda held, _: (held.dense(), ()))[0]
+        """All g_n, leaves (N, ...): N copies of the params.
+
+        Raises:
+          TypeError: the examples are a data set in batches.
+        """
+        dataset.check_in_memory("dense", self.batch, "take the gradients of one batch after the other")
+        return self._dense()
 
 
-def gradients(loss: Loss, params: ArrayTree, batch: ArrayTree) -> PerExampleGradients:
+@jax.jit
+def _gram(grads: PerExampleGradients) -> Array:
+    # Every pair of examples meets: all factors are needed at once.
+    factors = grads.factors or hold(grads.loss, grads.params, grads.batch)
+    return Held(grads.loss, grads.params, grads.batch, factors).gram()
+
+
+def _products_and_squares(held: Held, tree: ArrayTree) -> tuple[Array, Any]:
+    return held.vdot(tree), sum(jax.tree.leaves(held.squares()))
+
+
+def _clipped_sum(held: Held, max_norm: Array) -> ArrayTree:
+    norms = jnp.sqrt(sum(jax.tree.leaves(held.squares())))
+    return held.weighted_sum(jnp.minimum(1, max_norm / jnp.where(norms > 0, norms, 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfBatch:
+    """What a method of `Held` gives for a batch, of which a chunk's factors are held at a time if it is large."""
+
+    loss: Loss
+    method: Callable[..., Any]
+    reduce: Callable[..., Any]
+    weighted: bool = False
+
+    def __call__(self, data: Any, params: ArrayTree, *given: Any) -> Any:
+        def of_chunk(chunk: Any) -> Any:
+            batch, *weights = chunk if self.weighted else (chunk,)
+            return self.method(Held(self.loss, params, batch, hold(self.loss, params, batch)), *weights, *given)
+
+        batch = data[0] if self.weighted else data
+        return self.reduce(of_chunk, data, size=_chunk_size(self.loss, params, batch))
+
+
+def gradients(loss: Loss, params: ArrayTree, batch: Any) -> PerExampleGradients:
     """The gradients of the N examples' own losses, as a value whose methods reduce over them.
 
     By definition g_n is the gradient of the loss on the batch that holds example n alone. A leaf of params that one
@@ -166,7 +212,7 @@ def gradients(loss: Loss, params: ArrayTree, batch: ArrayTree) -> PerExampleGrad
     Args:
       loss: ``loss(params, batch) -> scalar``, a mean over independent examples (see `check_independent`).
       params: the point ω.
-      batch: N examples.
+      batch: N examples, or a data set in batches.
 
     Returns:
       `PerExampleGradients`; its methods can be used inside `jax.jit`.
@@ -175,9 +221,11 @@ def gradients(loss: Loss, params: ArrayTree, batch: ArrayTree) -> PerExampleGrad
       TypeError, ValueError: the arguments do not fit the contract.
     """
     contract.check_params(params)
-    contract.num_examples(batch)
-    params, batch = jax.tree.map(jnp.asarray, (params, batch))
-    held = contract.num_examples(batch) * _size(loss, params, batch) <= _HELD
+    params, batch = jax.tree.map(jnp.asarray, params), dataset.of(batch)
+    if dataset.on_host(batch):
+        return PerExampleGradients(loss, params, batch, None)
+    batch = jax.tree.map(jnp.asarray, batch)
+    held = _chunk_size(loss, params, batch) is None
     return PerExampleGradients(loss, params, batch, _hold(loss, params, batch) if held else None)
 
 
@@ -190,6 +238,7 @@ def _shapes(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Factors:
     return jax.eval_shape(functools.partial(hold, loss), params, one)
 
 
-def _size(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int:
-    """How many numbers the factors of an example are."""
-    return sum(x.size for x in jax.tree.leaves(_shapes(loss, params, batch)))
+def _chunk_size(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int | None:
+    """How many examples' factors are held at a time; None is all."""
+    size = sum(x.size for x in jax.tree.leaves(_shapes(loss, params, batch)))
+    return None if contract.num_examples(batch) * size <= _HELD else at_once(size)

@@ -146,10 +146,10 @@ def hold(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Factors:
     return tuple({**factors, **carried}.get(i) for i in range(len(leaves)))
 
 
-def words(tap: Tap | str, held: Any) -> str:
+def described(tap: Tap | str, held: Any) -> str:
     """How a leaf's gradients are held, and why."""
     if isinstance(held, tuple) and isinstance(tap, Tap):
         _, layers, steps, _ = held[0].shape
-        return f"factors of {tap.words}, {f'S = {layers}, ' if layers > 1 else ''}T = {steps}"
-    why = tap if isinstance(tap, str) else tap.words
+        return f"factors of {tap.description}, {f'S = {layers}, ' if layers > 1 else ''}T = {steps}"
+    why = tap if isinstance(tap, str) else tap.description
     return f"carried: small; {why}" if held is not None else f"vmap(grad): {why}"

@@ -1,17 +1,19 @@
 """Is a loss what everything here takes it for: the mean over examples that do not see one another?"""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnet import contract
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 
 # Examples that are compared; two that see one another are enough.
 _SAMPLE = 4
 
 
-def check_independent(loss: Loss, params: ArrayTree, batch: ArrayTree) -> None:
+def check_independent(loss: Loss, params: ArrayTree, batch: Any) -> None:
     """Raise unless E is, on the first few examples, the mean of the examples' own losses, and so is its gradient.
 
     A sum instead of a mean, and a loss whose examples are coupled, as by batch normalisation in training mode, have
@@ -20,11 +22,12 @@ def check_independent(loss: Loss, params: ArrayTree, batch: ArrayTree) -> None:
     Args:
       loss: ``loss(params, batch) -> scalar``.
       params: the point at which it is tried; values, not tracers.
-      batch: examples.
+      batch: examples; of a data set in batches the first is looked at.
 
     Raises:
       TypeError, ValueError: the arguments do not fit the contract, or the loss is no such mean.
     """
+    batch = dataset.first(dataset.of(batch))
     contract.check(loss, params, batch)
     few = jax.tree.map(lambda x: jnp.asarray(x)[:_SAMPLE], batch)
     whole, mean, size_of_gradient, apart = _both_ways(loss, params, few)

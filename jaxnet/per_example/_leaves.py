@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.per_example._taps import View
 
@@ -48,7 +49,7 @@ class Formed:
             grads = self.form(chunk)
             return entries(grads), sums(grads)
 
-        return over_chunks(both, self.examples, self.at_once)
+        return dataset.rows_and_total(both, self.examples, size=self.at_once)
 
     def squares(self) -> Leaves:
         """‖g_n‖² of each leaf, (N,)."""
@@ -61,11 +62,11 @@ class Formed:
     def weighted_sum(self, weights: Array) -> Leaves:
         """Σ w_n g_n, like the leaves."""
 
-        def summed(chunk: Any) -> tuple[Any, Leaves]:
+        def summed(chunk: Any) -> Leaves:
             examples, w = chunk
-            return (), tuple(jnp.tensordot(w.astype(g.dtype), g, 1) for g in self.form(examples))
+            return tuple(jnp.tensordot(w.astype(g.dtype), g, 1) for g in self.form(examples))
 
-        return over_chunks(summed, (self.examples, weights), self.at_once)[1]
+        return dataset.total(summed, (self.examples, weights), size=self.at_once)
 
     def sum_of_squares(self) -> Leaves:
         """Σ g_n², like the leaves."""
@@ -89,12 +90,15 @@ class Formed:
         # often one that its kernel needs too, and then is found once.
         size = 16 * self.at_once
 
-        def of_chunk(chunk: Any) -> tuple[Array, tuple[()]]:
+        def of_chunk(chunk: Any) -> Array:
             mine = self.form(chunk)
-            dot = lambda theirs: sum(_flat(y) @ _flat(x).T for x, y in zip(mine, theirs, strict=True))
-            return over_chunks(lambda c: (dot(other.form(c)), ()), other.examples, size)[0].T, ()
 
-        return over_chunks(of_chunk, self.examples, size)[0]
+            def with_others(theirs: Any) -> Any:
+                return sum(_flat(y) @ _flat(x).T for x, y in zip(mine, other.form(theirs), strict=True))
+
+            return dataset.rows(with_others, other.examples, size=size).T
+
+        return dataset.rows(of_chunk, self.examples, size=size)
 
     def dense(self) -> Leaves:
         """All g_n, for each leaf (N, ...)."""
@@ -142,11 +146,11 @@ class Factored:
         if t * (d + p) > d * p:
             return self.formed.squares()
 
-        def pairs(chunk: tuple[Array, Array]) -> tuple[Array, tuple[()]]:
+        def over_pairs(chunk: tuple[Array, Array]) -> Array:
             a, delta = (jnp.einsum("nti,nsi->nts", x, x) for x in chunk)
-            return jnp.sum(a * delta, axis=(1, 2)), ()
+            return jnp.sum(a * delta, axis=(1, 2))
 
-        return (over_chunks(pairs, (self.a, self.delta), at_once(2 * t * t))[0],)
+        return (dataset.rows(over_pairs, (self.a, self.delta), size=at_once(2 * t * t)),)
 
     def vdot(self, v: Leaves) -> Array:
         """Σ_t a_tᵀ V δ_t, (N,)."""
@@ -171,14 +175,17 @@ class Factored:
         """
         if self._sizes[1] > 1:
             return self.formed.deviations(centre)
+        # To expand ‖g_n − v‖² = ‖g_n‖² − 2g_n·v + ‖v‖² would subtract numbers of the gradients' own size, and leave the
+        # rounding error of those where the gradients are alike. So the factors are centred first, and all that is
+        # added below is of the order of the deviations, or of v − āδ̄ᵀ ("apart").
         a, delta = self.a[:, 0], self.delta[:, 0]
         mean_a, mean_delta = a.mean(axis=0), delta.mean(axis=0)
         alpha, beta = a - mean_a, delta - mean_delta
         apart = self.matrix(centre[0]) - jnp.outer(mean_a, mean_delta)
-        dot = lambda x, y: jnp.sum(x * y, axis=-1)
-        along = dot(a @ apart, beta) + alpha @ (apart @ mean_delta)
-        bracket = dot(a, a) * dot(beta, beta) + dot(alpha, alpha) * dot(mean_delta, mean_delta)
-        bracket += 2 * dot(a, alpha) * (beta @ mean_delta)
+        # ‖bracket_n‖², with the bracket's two rank-one terms and their product; and its product with "apart".
+        bracket = _squares(a) * _squares(beta) + _squares(alpha) * jnp.sum(mean_delta**2)
+        bracket += 2 * jnp.sum(a * alpha, axis=1) * (beta @ mean_delta)
+        along = jnp.sum((a @ apart) * beta, axis=1) + alpha @ (apart @ mean_delta)
         # Σ of the bracket (its first-order terms sum to 0) and of its square, entry by entry.
         total, squares = alpha.T @ beta, (alpha**2).T @ (beta**2)
         squares += jnp.outer(mean_a**2, (beta**2).sum(axis=0)) + jnp.outer((alpha**2).sum(axis=0), mean_delta**2)
@@ -291,29 +298,6 @@ def factored(a: Array, delta: Array, matrices: View, like: jax.ShapeDtypeStruct)
     if a.shape[1] > 1:
         return Stacked(a, delta, matrices, like)
     return Factored(a[:, 0], delta[:, 0], lambda leaf: matrices(leaf)[0], like)
-
-
-def over_chunks(function: Callable[[Any], tuple[Any, Any]], examples: ArrayTree, size: int) -> tuple[Any, Any]:
-    """For ``function(chunk) -> (an entry for each example, a sum over them)``: all entries, and the sum of all sums."""
-    n = jax.tree.leaves(examples)[0].shape[0]
-    if n <= size:
-        return function(examples)
-    whole = n // size * size
-    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), examples)
-    zero = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, jax.tree.map(lambda x: x[0], chunks))[1]
-    )
-
-    def step(total: Any, chunk: Any) -> tuple[Any, Any]:
-        entries, sums = function(chunk)
-        return jax.tree.map(jnp.add, total, sums), entries
-
-    total, entries = lax.scan(step, zero, chunks)
-    entries = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), entries)
-    if whole == n:
-        return entries, total
-    more, rest = function(jax.tree.map(lambda x: x[whole:], examples))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), entries, more), jax.tree.map(jnp.add, total, rest)
 
 
 def _flat(g: Array) -> Array:

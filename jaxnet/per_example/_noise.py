@@ -1,16 +1,17 @@
 """How noisy a mini-batch's gradient is, measured from the gradients of single examples."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnet import contract, dataset
+from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example._gradients import gradients
-from jaxnet.per_example._streamed import StreamedGradients
+from jaxnet.per_example._held import Held
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +44,7 @@ def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
       loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
       params: the point at which the gradients are taken.
       batch: N >= 3 examples, a sample of the distribution meant; or a data set in batches that does not fit memory: a
-        list of batches or a data loader, gone through four times.
+        list of batches or a data loader, gone through twice.
 
     Returns:
       A `NoiseScale`, with its standard error.
@@ -54,33 +55,29 @@ def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
     Reference:
       McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training", 2018, eqs. 2.9 and A.2.
     """
-    if dataset.on_host(dataset.of(batch)):
-        streamed = StreamedGradients(loss, params, batch)
-        mean = streamed.mean()
-        return _from_deviations(mean, streamed.distances(mean), streamed.vdot(mean))
-    _check_number(contract.num_examples(batch))
-    return _noise_scale(loss, params, batch)
+    return _noise_scale(loss, params, dataset.of(batch))
 
 
-def _check_number(n: int) -> None:
-    if n < 3:
-        raise ValueError(f"batch: the noise scale needs 3 examples or more, got {n}: one alone shows no noise")
-
-
-@jax.jit(static_argnames="loss")
-def _noise_scale(loss: Loss, params: ArrayTree, batch: ArrayTree) -> NoiseScale:
+@functools.partial(dataset.jit, static_argnames="loss")
+def _noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
     grads = gradients(loss, params, batch)
     mean = grads.mean()
-    return _from_deviations(mean, grads.distances(mean), grads.vdot(mean))
+    return _from_deviations(mean, *grads.rows(_about, mean))
+
+
+def _about(held: Held, mean: ArrayTree) -> tuple[Array, Array]:
+    """|g_n − ḡ|² and g_n·ḡ, in one pass: a stream that shuffles gives each pass another order."""
+    return held.squared_distances(mean), held.vdot(mean)
 
 
 @jax.jit
-def _from_deviations(mean: ArrayTree, distances: Array, along: Array) -> NoiseScale:
-    """From |g_n − ḡ|, not |g_n|: |g_n|² − |ḡ|² would cancel where the gradients are alike."""
-    n = distances.size
-    _check_number(n)
+def _from_deviations(mean: ArrayTree, squares: Array, along: Array) -> NoiseScale:
+    """From |g_n − ḡ|², not |g_n|²: |g_n|² − |ḡ|² would cancel where the gradients are alike."""
+    n = squares.size
+    if n < 3:
+        raise ValueError(f"batch: the noise scale needs 3 examples or more, got {n}: one alone shows no noise")
     mean_squared = optax.tree.norm(mean, squared=True)
-    squares, along = jnp.square(distances), along - mean_squared
+    along = along - mean_squared
     trace = squares.sum() / (n - 1)
     gradient_squared = mean_squared - trace / n
     # The same two numbers with each example left out in turn, in closed form.

@@ -33,8 +33,8 @@ Epsilons = dict[int, Array]
 
 # Primitives that only rearrange the entries of one operand.
 _REARRANGE = {"reshape", "transpose", "squeeze", "expand_dims", "convert_element_type", "copy"}
-# Primitives that hold one jaxpr and mean what it means, and the parameter that holds it.
-_INLINE = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat2": "jaxpr"}
+# Primitives that hold one jaxpr and mean what it means, and the parameter that holds it; 0.11 renamed the second.
+_INLINE = {"jit": "jaxpr", "closed_call": "call_jaxpr", "eval_jaxpr": "call_jaxpr", "remat2": "jaxpr"}
 # Those that the taps enter.
 _ENTER = {**_INLINE, "scan": "jaxpr"}
 
@@ -49,7 +49,7 @@ class Tap:
       output: the output's shape and dtype, those of ε.
       rows: ``rows(other operand, δ of the output)`` to ``(a (S, T, d), δ (S, T, p))``.
       matrix: the leaf as its kernels' matrices (S, d, p): S = 1, or the layers that a scan passes through.
-      words: what it is.
+      description: what it is, for people.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class Tap:
     output: jax.ShapeDtypeStruct
     rows: Callable[[Array, Array], tuple[Array, Array]]
     matrix: View
-    words: str
+    description: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _inlined(eqn: core.JaxprEqn, body: Any, values: list[Any], epsilons: Epsilon
 def _scanned(eqn: core.JaxprEqn, body: Any, values: list[Any], epsilons: Epsilons) -> tuple[list[Any], Any]:
     """The scan again, with ε as one more of its inputs and what is recorded as one more of its outputs."""
     options = eqn.params
-    num_consts, num_carry = options["num_consts"], options["num_carry"]
+    num_consts, num_carry = _scan_counts(eqn)
     consts, carry, xs = values[:num_consts], values[num_consts:][:num_carry], values[num_consts + num_carry :]
 
     def step(carry: list[Any], slices: Any) -> tuple[list[Any], Any]:
@@ -142,13 +142,21 @@ def _same(x: Array) -> Array:
 def _only(found: list[Tap | str]) -> Tap | str:
     if len(found) == 1:
         return found[0]
-    words = [use if isinstance(use, str) else use.words for use in found]
-    return f"used {len(found)} times: {', '.join(words)}" if found else "not used"
+    uses = [use if isinstance(use, str) else use.description for use in found]
+    return f"used {len(found)} times: {', '.join(uses)}" if found else "not used"
 
 
 def _inner(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Any]:
     held = eqn.params[_ENTER[eqn.primitive.name]]
     return (held.jaxpr, held.consts) if isinstance(held, core.ClosedJaxpr) else (held, ())
+
+
+def _scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """How many of a scan's operands are its constants, which come first, and how many its carry, which come next."""
+    if "ft_in" in eqn.params:  # from JAX 0.11 on: a tree of consts, carry and xs
+        consts, carry, _ = eqn.params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return eqn.params["num_consts"], eqn.params["num_carry"]
 
 
 def _find(
@@ -189,8 +197,8 @@ def _find_in_scan(
 ) -> None:
     """A leaf scanned over is S layers' kernels; one that every step shares has the steps' rows in its one sum."""
     inner, _ = _inner(eqn)
-    first_carry, length = eqn.params["num_consts"], eqn.params["length"]
-    first_scanned = first_carry + eqn.params["num_carry"]
+    first_carry, num_carry = _scan_counts(eqn)
+    first_scanned, length = first_carry + num_carry, eqn.params["length"]
     is_carry = lambda position: first_carry <= position < first_scanned
     # By position, not by leaf: one leaf may come in twice, and two may meet in the body.
     found: list[list[Tap | str]] = [
@@ -221,7 +229,7 @@ def _layers(tap: Tap, length: int, *, before: View) -> Tap:
         output=_longer(tap.output, length),
         rows=lambda a, delta: jax.tree.map(merged, jax.vmap(tap.rows)(a, delta)),
         matrix=lambda leaf: merged(jax.vmap(tap.matrix)(before(leaf))),
-        words=f"{tap.words} in a scan",
+        description=f"{tap.description} in a scan",
     )
 
 
@@ -232,7 +240,7 @@ def _steps(tap: Tap, length: int) -> Tap:
         tap,
         output=_longer(tap.output, length),
         rows=lambda a, delta: jax.tree.map(merged, jax.vmap(tap.rows)(a, delta)),
-        words=f"{tap.words} in a scan",
+        description=f"{tap.description} in a scan",
     )
 
 

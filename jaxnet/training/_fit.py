@@ -3,18 +3,18 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnet import contract
-from jaxnet.contract import Array, ArrayTree, Loss, check_batch_size
+from jaxnet import contract, dataset
+from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, Observer, check_batch_size
 from jaxnet.data import Order, reshuffled
 from jaxnet.training import _program
-from jaxnet.training._program import Augment, MakeOptimizer, Metric, StopRule
+from jaxnet.training._program import Augment, Metric, StopRule
 from jaxnet.training._update import TrainState, init_state
 
 
@@ -27,7 +27,7 @@ class History:
       epoch: (E,) epochs done, counted from 1.
       step: (E,) iterations done at the end of each epoch.
       loss: (E,) mean over the epoch's steps of the loss before each step, weighted by batch sizes.
-      step_loss: (E, S) those losses, one an iteration.
+      step_loss: (E, S) those losses, one an iteration; NaN where a pass over a stream had fewer batches than another.
       metrics: name -> (E,), each metric on the training data at the end of the epoch.
       validation: name -> (E,), "loss" and each metric on the validation data; empty without it.
     """
@@ -97,13 +97,10 @@ class FitProgress(NamedTuple):
     history: History
 
 
-Observer = Callable[[FitProgress], None]
-
-
 def fit(
     loss: Loss,
     start: ArrayTree | TrainState,
-    data: ArrayTree,
+    data: Any,
     make_optimizer: MakeOptimizer,
     *,
     learning_rate: Any,
@@ -112,7 +109,7 @@ def fit(
     key: Array,
     order: Order = reshuffled,
     augment: Augment | None = None,
-    validation: ArrayTree | None = None,
+    validation: Any = None,
     stop: StopRule | None = None,
     metrics: Mapping[str, Metric] | None = None,
     observers: Sequence[Observer] = (),
@@ -126,18 +123,22 @@ def fit(
       loss: ``loss(params, batch) -> scalar``, a mean over the batch.
       start: params, or a `TrainState` at the end of an epoch to go on from. The data's order is a function of (key,
         step), so a run that goes on with the same key and batch size is the same run; ``stop`` and ``best`` begin anew.
-      data: a pytree of arrays with a leading axis N.
+      data: a pytree of arrays with a leading axis N; or a data set in batches (see `jaxnet.dataset`): a pass over it is
+        an epoch, its batches are the steps, in its own order, and one that is smaller counts by its size.
       make_optimizer: the maker, such as `optax.sgd`: called with the rate, inside the compiled program.
       learning_rate: a positive number, or an optax schedule (which is compiled in).
       batch_size: 1 is stochastic, B mini-batch, None full-batch. Where B does not divide N, the epoch's last
-        step sees the examples that are left.
+        step sees the examples that are left. Of a data set in batches, the size of its batches, or None, which
+        accumulates the gradient over a whole pass into one step.
       num_epochs: the most epochs to run in this call.
       key: a `jax.random.key`, for the order and for ``augment``.
       order: `jaxnet.data.reshuffled`, `independent`, `cyclic` or one's own.
       augment: ``augment(key, batch) -> batch``, applied at each step: all that is random in a step.
-      validation: held-out data; its loss is in the history, and the params of its minimum in ``best``.
+      validation: held-out data, or a data set in batches; its loss is in the history, and the params of its minimum in
+        ``best``.
       stop: a `StopRule`; without one the run ends after ``num_epochs``, or when it diverges.
-      metrics: name -> ``metric(params, batch)``, evaluated on all of the data at the end of each epoch.
+      metrics: name -> ``metric(params, batch)``, a mean over the batch, evaluated on all of the data at the end of each
+        epoch.
       observers: called with a `FitProgress` after each epoch, outside the compiled program.
 
     Returns:
@@ -149,34 +150,41 @@ def fit(
     Reference:
       LeCun et al., "Efficient BackProp", 1998, sections 4.1 and 4.2.
     """
-    plan = _plan(loss, data, make_optimizer, learning_rate, batch_size, num_epochs, order, augment, metrics)
+    data, validation = dataset.of(data), dataset.of(validation)
+    program = _make_program(loss, data, make_optimizer, learning_rate, batch_size, num_epochs, order, augment, metrics)
     stop = _check_stop(stop, validation)
     if isinstance(start, TrainState):
         contract.check_params(start.params)
         state = start
     else:
         state = init_state(start, make_optimizer(learning_rate))
-    _check_resumed(state, plan, contract.num_examples(data))
-    rate = jnp.zeros(()) if plan.schedule else _check_rates(learning_rate, state.params)
+    _check_resumed(state, program, data)
+    rate = jnp.zeros(()) if program.schedule else _check_rates(learning_rate, state.params)
     if jnp.ndim(rate):
         raise ValueError(f"learning_rate: expected one number, got shape {jnp.shape(rate)}; see sweep for several")
-    block = dataclasses.replace(plan, num_epochs=1) if observers else plan
-    progress = _program.begin(state, validation is not None)
+    # What looks on between epochs, or brings the data, is on the host.
+    one_by_one = bool(observers) or dataset.on_host(data, validation)
+    block = dataclasses.replace(program, num_epochs=1) if one_by_one else program
+    carry = _program.begin(state, validation is not None)
     blocks: list[_program.Rows] = []
     for epoch in range(1, num_epochs + 1, block.num_epochs):
-        progress, rows, done = _program.compiled_run(block, progress, rate, data, validation, key, stop)
+        carry, rows, done = _program.compiled_run(block, carry, rate, data, validation, key, stop)
         blocks.append(jax.tree.map(lambda x, done=int(done): np.asarray(x)[:done], rows))
         if observers:
-            shown = FitProgress(epoch, num_epochs, progress.state, _history(blocks, state))
+            shown = FitProgress(epoch, num_epochs, carry.state, _history(blocks, state))
             for observer in observers:
                 observer(shown)
-        if int(progress.code) != _program.RUNNING:
+        if int(carry.code) != _program.RUNNING:
             break
-    history = _history(blocks, state)
+    return _result(carry, _history(blocks, state), validation is not None)
+
+
+def _result(carry: _program.Carry, history: History, has_validation: bool) -> FitResult:
     best = None
-    if validation is not None:
-        best = Best(progress.best_params, int(progress.best_epoch), float(progress.best_loss))
-    return FitResult(progress.state, history, _stopped(int(progress.code), history), best)
+    if has_validation:
+        before = int(history.epoch[0]) - 1
+        best = Best(carry.best_params, before + int(carry.best_epoch), float(carry.best_loss))
+    return FitResult(carry.state, history, _stopped(int(carry.code), history), best)
 
 
 def sweep(
@@ -229,34 +237,27 @@ def sweep(
     rates = _check_rates(learning_rates, start)
     if rates.ndim != 1 or (keys is not None and keys.shape[:1] != rates.shape):
         raise ValueError(f"learning_rates: expected one axis, as long as keys where given, got {rates.shape}")
-    plan = _plan(loss, data, make_optimizer, rates[0], batch_size, num_epochs, order, augment, metrics)
+    for held in (data, validation):
+        dataset.check_in_memory("sweep", held, "use fit for one rate after the other, or pass a sample")
+    program = _make_program(loss, data, make_optimizer, rates[0], batch_size, num_epochs, order, augment, metrics)
     stop = _check_stop(stop, validation)
-    progress, rows, done = _program.compiled_sweep(
-        plan,
-        start,
-        rates,
-        data,
-        validation,
-        key if keys is None else keys,
-        stop,
-        keys is not None,
+    key_or_keys = key if keys is None else keys
+    carries, rows, done = _program.compiled_sweep(
+        program, start, rates, data, validation, key_or_keys, stop, keys is not None
     )
     rows, done = jax.tree.map(np.asarray, (rows, done))
     results = []
     for run, count in enumerate(done):
-        of_run = jax.tree.map(lambda x, run=run: x[run], progress)
-        one = jax.tree.map(lambda x, run=run, count=count: x[run][:count], rows)
-        history = _history([one], TrainState(start, None, jnp.zeros((), jnp.int32)))
-        best = None
-        if validation is not None:
-            best = Best(of_run.best_params, int(of_run.best_epoch), float(of_run.best_loss))
-        results.append(FitResult(of_run.state, history, _stopped(int(of_run.code), history), best))
+        carry = jax.tree.map(lambda x, run=run: x[run], carries)
+        of_run = jax.tree.map(lambda x, run=run, count=count: x[run][:count], rows)
+        history = _history([of_run], TrainState(start, None, jnp.zeros((), jnp.int32)))
+        results.append(_result(carry, history, validation is not None))
     return results
 
 
-def _plan(
+def _make_program(
     loss: Loss,
-    data: ArrayTree,
+    data: Any,
     make_optimizer: MakeOptimizer,
     learning_rate: Any,
     batch_size: int | None,
@@ -264,8 +265,11 @@ def _plan(
     order: Order,
     augment: Augment | None,
     metrics: Mapping[str, Metric] | None,
-) -> _program.Plan:
-    n = contract.num_examples(data)
+) -> _program.Program:
+    streamed = dataset.on_host(data)
+    if streamed and order is not reshuffled:
+        raise ValueError("order: a data set in batches comes in an order of its own; shuffle where it is made")
+    n = 2**31 - 1 if streamed else contract.num_examples(data)
     if batch_size is not None:
         batch_size = check_batch_size(batch_size, n)
     if not isinstance(num_epochs, numbers.Integral) or num_epochs < 1:
@@ -276,7 +280,7 @@ def _plan(
             f"{type(make_optimizer).__name__}; pass optax.sgd, not optax.sgd(0.1)"
         )
     schedule = learning_rate if callable(learning_rate) else None
-    return _program.Plan(
+    return _program.Program(
         loss, make_optimizer, schedule, batch_size, num_epochs, order, augment, tuple((metrics or {}).items())
     )
 
@@ -293,12 +297,12 @@ def _check_rates(rates: Any, params: ArrayTree) -> Array:
     return jnp.asarray(values)
 
 
-def _check_resumed(state: TrainState, plan: _program.Plan, n: int) -> None:
-    wanted = jax.eval_shape(plan.make_optimizer(plan.schedule or 1.0).init, state.params)
+def _check_resumed(state: TrainState, program: _program.Program, data: Any) -> None:
+    wanted = jax.eval_shape(program.make_optimizer(program.schedule or 1.0).init, state.params)
     structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, state.opt_state)]
     if structures[0] != structures[1]:
         raise ValueError("start: its opt_state belongs to another optimizer; go on with the same, or from start.params")
-    steps = plan.steps_per_epoch(n)
+    steps = 1 if dataset.on_host(data) else program.steps_per_epoch(contract.num_examples(data))
     if int(state.step) % steps:
         raise ValueError(
             f"start: its step {int(state.step)} is not at the end of an epoch of {steps} steps; go on with the batch "
@@ -316,20 +320,27 @@ def _check_stop(stop: StopRule | None, validation: ArrayTree | None) -> StopRule
 
 
 def _history(blocks: list[_program.Rows], start: TrainState) -> History:
-    rows = jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
-    steps = rows.step_loss.shape[1]
-    first = int(start.step) // steps
-    epoch = first + np.arange(1, len(rows.loss) + 1)
-    step = int(start.step) + steps * np.arange(1, len(rows.loss) + 1)
+    steps = np.concatenate([np.full(block.step_loss.shape[0], block.step_loss.shape[1]) for block in blocks])
+    longest = int(steps.max())
+    # A stream may have more batches in one pass than in another.
+    padded = [block._replace(step_loss=_padded(block.step_loss, longest)) for block in blocks]
+    rows = jax.tree.map(lambda *parts: np.concatenate(parts), *padded)
+    epoch: Any = int(start.step) // int(steps[0]) + np.arange(1, len(steps) + 1)
+    step: Any = int(start.step) + np.cumsum(steps)
     return History(epoch, step, rows.loss, rows.step_loss, rows.metrics, rows.validation)
+
+
+def _padded(step_loss: Any, length: int) -> Any:
+    missing = length - step_loss.shape[1]
+    return np.pad(step_loss, ((0, 0), (0, missing)), constant_values=np.nan) if missing else step_loss
 
 
 def _stopped(code: int, history: History) -> Stopped:
     reason = _program.REASONS[code or _program.NUM_EPOCHS]
     epoch, step = int(history.epoch[-1]), int(history.step[-1])
     if reason == "diverged":
-        steps = history.step_loss.shape[1]
-        bad = ~np.isfinite(history.step_loss[-1])
+        steps = step - int(history.step[-2]) if len(history.step) > 1 else history.step_loss.shape[1]
+        bad = ~np.isfinite(history.step_loss[-1][:steps])
         # Where every loss was finite, the params stopped being so after the last step.
         step += 1 - steps + int(np.argmax(bad)) if bad.any() else 0
     return Stopped(reason, epoch, step)

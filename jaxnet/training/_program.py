@@ -3,20 +3,20 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax import lax
 
-from jaxnet import contract
-from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet import contract, dataset
+from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
 from jaxnet.data import Order
-from jaxnet.training._update import TrainState, make_update
+from jaxnet.training._trajectory import trajectory
+from jaxnet.training._update import TrainState, apply_gradient, make_update
 
-MakeOptimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
 Augment: TypeAlias = Callable[[Array, Any], Any]
 Metric: TypeAlias = Callable[[Any, Any], Array]
 
@@ -38,8 +38,8 @@ class StopRule(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a compiled run is specialised to; two runs with equal plans and shapes share one compilation."""
+class Program:
+    """What a compiled run is specialised to; two runs with equal programs and shapes share one compilation."""
 
     loss: Loss
     make_optimizer: MakeOptimizer
@@ -55,7 +55,7 @@ class Plan:
         return 1 if self.batch_size is None else -(-n // self.batch_size)
 
 
-class Progress(NamedTuple):
+class Carry(NamedTuple):
     """What a run carries from epoch to epoch besides its history."""
 
     state: TrainState
@@ -64,6 +64,7 @@ class Progress(NamedTuple):
     best_loss: Array
     waited: Array
     code: Array
+    epochs: Array
 
 
 class Rows(NamedTuple):
@@ -75,116 +76,202 @@ class Rows(NamedTuple):
     validation: dict[str, Array]
 
 
-def begin(state: TrainState, has_validation: bool) -> Progress:
-    """The progress before the first epoch."""
+def begin(state: TrainState, has_validation: bool) -> Carry:
+    """What is carried before the first epoch."""
     dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(state.params)), jnp.float32)
-    return Progress(
+    return Carry(
         state=state,
         best_params=state.params if has_validation else None,
         best_epoch=jnp.zeros((), jnp.int32),
         best_loss=jnp.array(jnp.inf, dtype),
         waited=jnp.zeros((), jnp.int32),
         code=jnp.array(RUNNING, jnp.int32),
+        epochs=jnp.zeros((), jnp.int32),
     )
 
 
-def _epoch(
-    plan: Plan, state: TrainState, rate: Array, data: ArrayTree, key: Array, epoch: Array
-) -> tuple[TrainState, Array]:
-    """One epoch; returns the state and the loss before each of its steps."""
-    n = contract.num_examples(data)
-    size = n if plan.batch_size is None else plan.batch_size
-    update = make_update(plan.loss, plan.make_optimizer(plan.schedule or rate))
+def _update(program: Program, rate: Array, key: Array, state: TrainState, batch: ArrayTree) -> tuple[TrainState, Any]:
+    """One step, whatever is random in it by a key of its own."""
+    if program.augment is not None:
+        batch = program.augment(_augment_key(key, state.step), batch)
+    return make_update(program.loss, program.make_optimizer(program.schedule or rate))(state, batch)
+
+
+def _augment_key(key: Array, step: Array) -> Array:
     # The order folds epochs into the key; no run gets as far as this number.
-    augment_key = jax.random.fold_in(key, 2**31 - 1)
+    return jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), step)
 
-    def step(state: TrainState, rows: Array | None) -> tuple[TrainState, Array]:
-        batch = data if rows is None else jax.tree.map(lambda x: x[rows], data)
-        if plan.augment is not None:
-            batch = plan.augment(jax.random.fold_in(augment_key, state.step), batch)
-        state, metrics = update(state, batch)
-        return state, metrics["loss"]
 
-    if plan.batch_size is None:
-        state, loss = step(state, None)
-        return state, loss[None]
-    indices = plan.order(key, epoch, n)
-    whole = n // size
+def _epoch(program: Program, state: TrainState, rate: Array, data: Any, key: Array) -> tuple[TrainState, Array, Array]:
+    """One epoch; returns the state, the loss before each of its steps, and how many examples each step saw."""
+    if dataset.on_host(data):
+        return _epoch_of_stream(program, state, rate, data, key)
+    n = contract.num_examples(data)
+    update = functools.partial(_update, program, rate, key)
+    if program.batch_size is None:
+        state, metrics = trajectory(update, state, data, num_steps=1)
+        return state, metrics["loss"], jnp.array([n])
+    size, steps = program.batch_size, program.steps_per_epoch(n)
+    rows_of = lambda rows: jax.tree.map(lambda x: x[rows], data)
+    step = lambda state, rows: update(state, rows_of(rows))
+    indices, whole = program.order(key, state.step // steps, n), n // size
     # Two steps an iteration: a step of one example costs little more than the loop around it.
-    state, losses = lax.scan(step, state, indices[: whole * size].reshape(whole, size), unroll=2)
-    if whole * size < n:
-        state, last = step(state, indices[whole * size :])
-        losses = jnp.append(losses, last)
-    return state, losses
+    state, metrics = trajectory(step, state, indices[: whole * size].reshape(whole, size), unroll=2)
+    losses = metrics["loss"]
+    if whole < steps:
+        state, metrics = step(state, indices[whole * size :])
+        losses = jnp.append(losses, metrics["loss"])
+    return state, losses, jnp.full(steps, size).at[-1].set(n - (steps - 1) * size)
 
 
-def _evaluate(plan: Plan, params: ArrayTree, data: ArrayTree) -> dict[str, Array]:
-    return {name: metric(params, data) for name, metric in plan.metrics}
+def _epoch_of_stream(
+    program: Program, state: TrainState, rate: Array, data: Any, key: Array
+) -> tuple[TrainState, Array, Array]:
+    """The same where the batches, in the stream's own order, are the steps, or all of them one."""
+    size = program.batch_size
+    if size is None:
+        value_and_grad = _AugmentedGradient(contract.ValueAndGrad(program.loss), program.augment)
+        batches = dataset.Stream(_Numbered(data))
+        value, grad = dataset.mean(value_and_grad, batches, state.params, _augment_key(key, state.step))
+        state, metrics = _accumulated_step(program, rate, state, value, grad)
+        return state, metrics["loss"][None], jnp.ones(1)
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        n = contract.num_examples(batch)
+        if n > size:
+            raise ValueError(f"batch_size: expected that of the batches, of which one holds {n} examples, got {size}")
+        state, metrics = _streamed_step(program, rate, key, state, batch)
+        return state, (metrics["loss"], jnp.array(n))
+
+    state, (losses, sizes) = trajectory(step, state, data)
+    return state, losses, sizes
 
 
-def run(
-    plan: Plan,
-    progress: Progress,
+_streamed_step = jax.jit(_update, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _accumulated_step(program: Program, rate: Array, state: TrainState, value: Array, grad: ArrayTree) -> Any:
+    optimizer = program.make_optimizer(program.schedule or rate)
+    return apply_gradient(optimizer, state, value, grad, _no_value_fn)
+
+
+def _no_value_fn(params: ArrayTree) -> Array:
+    raise TypeError(
+        "batch_size: an optimizer that evaluates the loss itself needs a batch at hand, not a pass over a data set in "
+        "batches; train on the batches by their size, or pass one batch in memory"
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Numbered:
+    """Batches beside their numbers, one an example, from which each draws its randomness."""
+
+    batches: Any
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self.batches):
+            yield np.full(contract.num_examples(batch), number), batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _AugmentedGradient:
+    value_and_grad: contract.ValueAndGrad
+    augment: Augment | None
+
+    def __call__(self, numbered: Any, params: ArrayTree, key: Array) -> Any:
+        numbers, batch = numbered
+        if self.augment is not None:
+            batch = self.augment(jax.random.fold_in(key, numbers[0]), batch)
+        return self.value_and_grad(batch, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Metrics:
+    """name -> ``metric(params, batch)``, each a mean over the batch."""
+
+    metrics: tuple[tuple[str, Metric], ...]
+
+    def __call__(self, batch: Any, params: ArrayTree) -> dict[str, Array]:
+        return {name: metric(params, batch) for name, metric in self.metrics}
+
+
+def _epochs(
+    program: Program,
+    carry: Carry,
     rate: Array,
-    data: ArrayTree,
-    validation: ArrayTree | None,
+    data: Any,
+    validation: Any,
     key: Array,
     stop: StopRule,
-) -> tuple[Progress, Rows, Array]:
-    """Up to ``plan.num_epochs`` epochs; returns the progress, the history and the number of epochs done."""
-    contract.check(plan.loss, progress.state.params, plan.augment(key, data) if plan.augment else data)
-    n = contract.num_examples(data)
-    steps = plan.steps_per_epoch(n)
-    size = n if plan.batch_size is None else plan.batch_size
-    # Each step's share of the epoch's examples, in a precision that sums thousands of losses.
-    shares = jnp.full(steps, size / n, progress.best_loss.dtype).at[-1].set((n - (steps - 1) * size) / n)
+) -> tuple[Carry, Rows, Array]:
+    """Up to ``program.num_epochs`` epochs; returns what is carried, the history and the number of epochs done.
 
-    def one_epoch(progress: Progress) -> tuple[Progress, Rows]:
-        state, losses = _epoch(plan, progress.state, rate, data, key, progress.state.step // steps)
+    Where the data or the validation are in batches, one epoch.
+    """
+    if not dataset.on_host(data):
+        augmented = program.augment(key, data) if program.augment else data
+        contract.check(program.loss, carry.state.params, augmented)
+
+    def one_epoch(carry: Carry) -> tuple[Carry, Rows]:
+        # Where the validation alone is on the host, the epoch is a program of its own.
+        epoch = _compiled_epoch if dataset.on_host(validation) else _epoch
+        state, losses, sizes = epoch(program, carry.state, rate, data, key)
+        # Each step's share of the epoch's examples, in a precision that sums thousands of losses.
+        shares = sizes.astype(carry.best_loss.dtype) / sizes.sum()
         loss = jnp.vdot(shares, losses.astype(shares.dtype))
-        progress = progress._replace(state=state)
+        carry = carry._replace(state=state, epochs=carry.epochs + 1)
         code = jnp.where(loss < stop.loss_below, LOSS_BELOW, RUNNING)
         held_out = {}
         if validation is not None:
-            held_out = {**_evaluate(plan, state.params, validation), "loss": plan.loss(state.params, validation)}
-            progress = _keep_best(progress, held_out["loss"], state.step // steps)
-            code = jnp.where((code == RUNNING) & (progress.waited >= stop.patience), PATIENCE, code)
+            metrics = _Metrics((*program.metrics, ("loss", program.loss)))
+            held_out = dataset.mean(metrics, validation, state.params)
+            carry = _keep_best(carry, held_out["loss"])
+            code = jnp.where((code == RUNNING) & (carry.waited >= stop.patience), PATIENCE, code)
         finite = [jnp.isfinite(x).all() for x in (losses, *jax.tree.leaves(state.params))]
         code = jnp.where(jnp.stack(finite).all(), code, DIVERGED).astype(jnp.int32)
-        return progress._replace(code=code), Rows(loss, losses, _evaluate(plan, state.params, data), held_out)
+        on_data = dataset.mean(_Metrics(program.metrics), data, state.params) if program.metrics else {}
+        return carry._replace(code=code), Rows(loss, losses, on_data, held_out)
 
-    def body(carry: tuple[Array, Progress, Rows]) -> tuple[Array, Progress, Rows]:
-        done, progress, rows = carry
-        progress, row = one_epoch(progress)
-        return done + 1, progress, jax.tree.map(lambda buffer, x: buffer.at[done].set(x), rows, row)
+    if dataset.on_host(data, validation):
+        carry, row = one_epoch(carry)
+        return carry, jax.tree.map(lambda x: x[None], row), jnp.ones((), jnp.int32)
 
-    shapes = jax.eval_shape(one_epoch, progress)[1]
-    rows = jax.tree.map(lambda s: jnp.full((plan.num_epochs, *s.shape), jnp.nan, s.dtype), shapes)
-    done, progress, rows = lax.while_loop(
-        lambda carry: (carry[0] < plan.num_epochs) & (carry[1].code == RUNNING),
+    def body(loop: tuple[Array, Carry, Rows]) -> tuple[Array, Carry, Rows]:
+        done, carry, rows = loop
+        carry, row = one_epoch(carry)
+        return done + 1, carry, jax.tree.map(lambda buffer, x: buffer.at[done].set(x), rows, row)
+
+    shapes = jax.eval_shape(one_epoch, carry)[1]
+    rows = jax.tree.map(lambda s: jnp.full((program.num_epochs, *s.shape), jnp.nan, s.dtype), shapes)
+    done, carry, rows = lax.while_loop(
+        lambda loop: (loop[0] < program.num_epochs) & (loop[1].code == RUNNING),
         body,
-        (jnp.zeros((), jnp.int32), progress, rows),
+        (jnp.zeros((), jnp.int32), carry, rows),
     )
-    return progress, rows, done
+    return carry, rows, done
 
 
-def _keep_best(progress: Progress, loss: Array, epoch: Array) -> Progress:
-    better = loss < progress.best_loss
+_compiled_epoch = dataset.jit(_epoch, static_argnames="program")
+
+
+def _keep_best(carry: Carry, loss: Array) -> Carry:
+    better = loss < carry.best_loss
     choose = lambda new, old: jnp.where(better, new, old)
-    return progress._replace(
-        best_params=jax.tree.map(choose, progress.state.params, progress.best_params),
-        best_epoch=choose(epoch, progress.best_epoch),
-        best_loss=choose(loss.astype(progress.best_loss.dtype), progress.best_loss),
-        waited=choose(0, progress.waited + 1),
+    return carry._replace(
+        best_params=jax.tree.map(choose, carry.state.params, carry.best_params),
+        best_epoch=choose(carry.epochs, carry.best_epoch),
+        best_loss=choose(loss.astype(carry.best_loss.dtype), carry.best_loss),
+        waited=choose(0, carry.waited + 1),
     )
 
 
-compiled_run = jax.jit(run, static_argnames=("plan",))
+compiled_run = dataset.jit(_epochs, static_argnames="program")
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "many_keys"))
+@functools.partial(jax.jit, static_argnames=("program", "many_keys"))
 def compiled_sweep(
-    plan: Plan,
+    program: Program,
     start: ArrayTree,
     rates: Array,
     data: ArrayTree,
@@ -192,12 +279,12 @@ def compiled_sweep(
     keys: Array,
     stop: StopRule,
     many_keys: bool,
-) -> tuple[Progress, Rows, Array]:
-    """`run` for every rate (and key) at once."""
+) -> tuple[Carry, Rows, Array]:
+    """The same for every rate (and key) at once."""
 
-    def one(rate: Array, key: Array) -> tuple[Progress, Rows, Array]:
-        optimizer = plan.make_optimizer(rate)
+    def one(rate: Array, key: Array) -> tuple[Carry, Rows, Array]:
+        optimizer = program.make_optimizer(rate)
         state = TrainState(start, optimizer.init(start), jnp.zeros((), jnp.int32))
-        return run(plan, begin(state, validation is not None), rate, data, validation, key, stop)
+        return _epochs(program, begin(state, validation is not None), rate, data, validation, key, stop)
 
     return jax.vmap(one, in_axes=(0, 0 if many_keys else None))(rates, keys)

@@ -51,14 +51,24 @@ def make_update(
     Returns:
       ``update(state, batch) -> (state, metrics)``, pure; ``metrics["loss"]`` is the loss before the step.
     """
-    optimizer = optax.with_extra_args_support(optimizer)
 
     def update(state: TrainState, batch: ArrayTree) -> tuple[TrainState, Metrics]:
         value, grad = jax.value_and_grad(loss)(state.params, batch)
-        updates, opt_state = optimizer.update(
-            grad, state.opt_state, state.params, value=value, grad=grad, value_fn=lambda p: loss(p, batch)
-        )
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), {"loss": value}
+        return apply_gradient(optimizer, state, value, grad, lambda p: loss(p, batch))
 
     return update
+
+
+def apply_gradient(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    value: Array,
+    grad: ArrayTree,
+    value_fn: Callable[[ArrayTree], Array],
+) -> tuple[TrainState, Metrics]:
+    """The update once the gradient is known."""
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        grad, state.opt_state, state.params, value=value, grad=grad, value_fn=value_fn
+    )
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, opt_state, state.step + 1), {"loss": value}

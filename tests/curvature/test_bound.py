@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxnet import curvature
-from jaxnet.curvature import _bound, _lanczos, _search
+from jaxnet.curvature import Eigensolver, LinearOperator, Space, _bound, _lanczos
 
 KEY = jax.random.key(5)
 
@@ -14,17 +14,22 @@ def diagonal_loss(params, batch):
     return 0.5 * jnp.vdot(batch.mean(axis=0), params**2)
 
 
+def product(d, v):
+    return d * v
+
+
 @pytest.mark.parametrize("num_steps", [3, 6, 9, 16])
 def test_the_sum_is_what_the_basis_holds_of_an_eigenvector(num_steps, x64):
     """Row j of the basis is p_j(A) q_0, so (u·q_j)² = p_j(λ)² (u·q_0)² — through restarts of a basis of 6."""
     d = jnp.asarray(np.append(np.random.default_rng(0).normal(size=30), [4.0, -5.0]))
     start = jax.random.normal(KEY, d.shape)
-    plan = _search.Plan(n=len(d), k=1, which="LA", basis=6, limit=num_steps, warm=False)
-    end = _search._begin(plan, start)
+    op = LinearOperator(product, Space.of(d), d)
+    solver = Eigensolver(op.space, max_matvecs=num_steps, ncv=6)
+    end = solver.init(start)
     for _ in range(num_steps):
-        if int(end.lanczos.size) == 6:
-            end = _search._restart(plan, end)
-        end = _search._absorb(plan, end, d * _lanczos.current(end.lanczos), 1e-15)
+        if solver.full(end):
+            end = solver.restart(end)
+        end = solver.step(op, end, 1e-15)
     assert (int(end.num_discarded) > 0) == (num_steps > 6)
     rows = np.asarray(end.lanczos.basis)[: int(end.lanczos.size) + 1]
     for i in (30, 31):  # the two eigenvalues beyond the Ritz values, one at each end
@@ -78,8 +83,8 @@ def test_ten_products_bound_a_network_like_spectrum_within_a_percent():
 def test_nothing_is_excluded_beyond_the_room(x64):
     """More discarded Ritz values than are remembered: no bound, rather than a wrong one."""
     d = jnp.linspace(-1, 1, 400)
-    plan = _search.Plan(n=400, k=1, which="LA", basis=4, limit=60, warm=False)
-    end = _search.run(plan, lambda v: d * v, jax.random.normal(KEY, d.shape), 1e-15, _search.host_while)
+    solver = Eigensolver(Space.of(d), max_matvecs=60, ncv=4)
+    _, end = solver.search(LinearOperator(product, solver.space, d), jax.random.normal(KEY, d.shape), 1e-15)
     known = end.polynomials
     assert np.isfinite(_bound.log_sum(known, 1.1))
     assert _bound.log_sum(known._replace(discarded=known.discarded[:5]), 1.1) == -np.inf

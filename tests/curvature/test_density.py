@@ -4,17 +4,19 @@ import numpy as np
 import pytest
 
 from jaxnet import curvature
-from jaxnet.curvature import LinearOperator, _lanczos
+from jaxnet.curvature import LinearOperator, Space
 
 KEY = jax.random.key(6)
 
 
-def product(params, a, v):
+def product(a, v):
     return {"a": a[:3] @ jnp.append(v["a"], v["b"]), "b": a[3:] @ jnp.append(v["a"], v["b"])}
 
 
 def operator(a):
-    return LinearOperator(product, {"a": jnp.zeros(3, a.dtype), "b": jnp.zeros(len(a) - 3, a.dtype)}, jnp.asarray(a))
+    return LinearOperator(
+        product, Space.of({"a": jnp.zeros(3, a.dtype), "b": jnp.zeros(len(a) - 3, a.dtype)}), jnp.asarray(a)
+    )
 
 
 def symmetric(n):
@@ -28,7 +30,7 @@ def test_quadrature_is_exact_for_polynomials(x64):
     found = curvature.spectral_density(operator(a), key=KEY, num_probes=3, num_steps=steps)
     assert found.num_matvecs == 12
     for key, nodes, weights in zip(jax.random.split(KEY, 3), found.nodes, found.weights, strict=True):
-        v = _lanczos.random_like(key, {"a": jnp.zeros(3), "b": jnp.zeros(17)})
+        v = Space.of({"a": jnp.zeros(3), "b": jnp.zeros(17)}).random(key)
         v = np.append(v["a"], v["b"])
         v /= np.linalg.norm(v)
         for p in range(2 * steps):
@@ -54,13 +56,14 @@ def test_the_band_covers_the_smoothed_spectrum(x64):
 
 
 def test_an_invariant_subspace_ends_the_measure(x64):
-    """Two distinct eigenvalues: two nodes carry all weight, however many steps are asked for."""
+    """Two distinct eigenvalues carry all weight, however many steps are asked for; equal nodes may share it."""
     found = curvature.spectral_density(operator(np.diag([1.0, 1, 1, 3, 3])), key=KEY, num_probes=2, num_steps=9)
     assert found.nodes.shape == (2, 5)
     np.testing.assert_allclose(found.weights.sum(axis=1), 1.0, rtol=1e-12)
-    heavy = np.asarray(found.weights) > 1e-12
-    assert (heavy.sum(axis=1) == 2).all()
-    np.testing.assert_allclose(np.asarray(found.nodes)[heavy], [1, 3, 1, 3], rtol=1e-12)
+    at = lambda value: np.where(abs(found.nodes - value) < 1e-12, found.weights, 0).sum(axis=1)
+    np.testing.assert_allclose(at(1) + at(3), 1.0, rtol=1e-12)
+    assert (at(1) > 1e-3).all()
+    assert (at(3) > 1e-3).all()
 
 
 def test_bad_arguments():

@@ -7,18 +7,18 @@ import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 
 from jaxnet import curvature
-from jaxnet.curvature import LinearOperator
+from jaxnet.curvature import LinearOperator, Space
 
 KEY = jax.random.key(11)
 
 
-def dense_product(params, a, v):
+def dense_product(a, v):
     return a @ v
 
 
 def operator(a):
     a = jnp.asarray(a)
-    return LinearOperator(dense_product, jnp.zeros(len(a), a.dtype), a)
+    return LinearOperator(dense_product, Space.of(jnp.zeros(len(a), a.dtype)), a)
 
 
 def laplacian(n):
@@ -154,13 +154,13 @@ def test_nan_is_told_and_not_converged():
 def test_one_compilation_serves_other_values_and_vmap():
     traces, counts = [], []
 
-    def product(params, a, v):
+    def product(a, v):
         traces.append(1)
         return a @ v
 
     for seed in range(3):
         d = np.random.default_rng(seed).normal(size=30).astype(np.float32)
-        op = LinearOperator(product, jnp.zeros(30), jnp.diag(d))
+        op = LinearOperator(product, Space.of(jnp.zeros(30)), jnp.diag(d))
         found = curvature.eigsh(op, key=jax.random.key(seed), tol=1e-5)
         np.testing.assert_allclose(found.values[0], d.max(), rtol=1e-4)
         counts.append(len(traces))

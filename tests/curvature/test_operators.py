@@ -206,3 +206,81 @@ def test_bad_operators(mlp_problem):
         op + curvature.restrict(op, jax.tree.map(lambda x: x.ndim == 2, params))
     with pytest.raises(ValueError, match="2 examples"):
         curvature.gradient_covariance(loss, params, jax.tree.map(lambda x: x[:1], batch))
+
+
+def test_the_algebra_is_that_of_the_dense_matrices(mlp_problem):
+    loss, params, batch = mlp_problem
+    a, b = (make(loss, params, batch) for make in (curvature.hessian, curvature.empirical_fisher))
+    dense_a, dense_b = map(curvature.materialize, (a, b))
+    for op, expected in (
+        (a + b, dense_a + dense_b),
+        (a - b, dense_a - dense_b),
+        (-a, -dense_a),
+        (2 * a, 2 * dense_a),
+        (a * 2, 2 * dense_a),
+        (np.float64(0.5) * a, dense_a / 2),
+        (jnp.array(0.5) * a - 3 * (b - a), dense_a / 2 - 3 * (dense_b - dense_a)),
+        (curvature.shift(2 * a, 0.1), 2 * dense_a + 0.1 * np.eye(len(dense_a))),
+    ):
+        np.testing.assert_allclose(curvature.materialize(op), expected, atol=1e-12)
+    np.testing.assert_array_equal(ravel_pytree(a @ params)[0], ravel_pytree(a(params))[0])
+    for wrong in (lambda: a * a, lambda: [1.0, 2.0] * a, lambda: jnp.ones(3) * a, lambda: 1j * a, lambda: a + 1):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_a_new_factor_compiles_nothing(mlp_problem):
+    loss, params, batch = mlp_problem
+    traced = []
+
+    def counted(params, batch):
+        traced.append(1)
+        return loss(params, batch)
+
+    op = curvature.hessian(counted, params, batch)
+    first = curvature.eigsh(2.0 * op, key=jax.random.key(0))
+    once = len(traced)
+    second = curvature.eigsh(4.0 * op, key=jax.random.key(0))
+    assert len(traced) == once
+    np.testing.assert_allclose(second.values, 2 * first.values, rtol=1e-10)
+
+
+class Weights:
+    """Params of a class of one's own, whose instances are equal only to themselves."""
+
+    def __init__(self, w, b):
+        self.w, self.b = w, b
+
+
+jax.tree_util.register_pytree_node(Weights, lambda p: ((p.w, p.b), None), lambda _, children: Weights(*children))
+
+
+def test_params_of_a_class_that_compares_by_identity(x64):
+    """½ mean (x·w + b)² has the Hessian of the rows (x, 1)."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)))
+    params = Weights(jnp.ones(3), jnp.zeros(()))
+    loss = lambda p, batch: jnp.mean((batch @ p.w + p.b) ** 2) / 2
+    rows = np.append(x, np.ones((7, 1)), axis=1)
+    op = curvature.hessian(loss, params, x)
+    fisher = curvature.empirical_fisher(loss, params, x)
+    np.testing.assert_allclose(curvature.materialize(op + fisher - fisher), rows.T @ rows / 7, rtol=1e-12)
+    halved = curvature.precondition(op, jax.tree.map(lambda p: jnp.full_like(p, 4.0), params))
+    top = np.linalg.eigvalsh(rows.T @ rows / 7)[-1]
+    np.testing.assert_allclose(curvature.eigsh(halved, key=jax.random.key(0), tol=1e-10).values[0], top / 4)
+    np.testing.assert_allclose(curvature.sharpness(loss, params, x, key=jax.random.key(0), tol=1e-10).value, top)
+
+
+def test_a_mask_is_a_pytree_of_bools(mlp_problem):
+    op = curvature.hessian(*mlp_problem)
+    for mask in (lambda *_: False, 1, "kernel", jax.tree.map(lambda x: 1.0, mlp_problem[1])):
+        with pytest.raises(TypeError, match="mask: expected bools"):
+            curvature.restrict(op, mask)
+
+
+def test_params_that_are_not_finite_have_no_curvature():
+    """Also where the Hessian does not read them."""
+    found = curvature.eigsh(
+        curvature.hessian(lambda p, b: jnp.sum(p**2), jnp.array([1.0, jnp.nan]), jnp.ones(3)), key=jax.random.key(2)
+    )
+    assert jnp.isnan(found.values[0])
+    assert not found.converged

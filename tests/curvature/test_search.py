@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 
 from jaxnet import curvature, losses, nn
-from jaxnet.curvature import LinearOperator
+from jaxnet.curvature import LinearOperator, Space
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 
 
-def product(params, d, v):
+def product(d, v):
     return d * v
 
 
 def diagonal(d):
-    return LinearOperator(product, jnp.zeros(len(d)), jnp.asarray(d, jnp.float32))
+    return LinearOperator(product, Space.of(jnp.zeros(len(d))), jnp.asarray(d, jnp.float32))
 
 
 SPECTRA = {
@@ -92,12 +92,12 @@ def test_a_million_dimensions_with_a_gap():
     u = np.random.default_rng(1).normal(size=n).astype(np.float32)
     u /= np.linalg.norm(u)
 
-    def conjugated(params, operands, v):
+    def conjugated(operands, v):
         d, u = operands
         reflect = lambda x: x - 2 * u * jnp.vdot(u, x, precision="highest")
         return reflect(d * reflect(v))
 
-    op = LinearOperator(conjugated, jnp.zeros(n), (jnp.asarray(d), jnp.asarray(u)))
+    op = LinearOperator(conjugated, Space.of(jnp.zeros(n)), (jnp.asarray(d), jnp.asarray(u)))
     found = curvature.eigsh(op, 2, key=KEY, tol=1e-5)
     assert bool(found.converged)
     np.testing.assert_allclose(found.values, [1.0, 0.8], atol=1e-5)
@@ -105,3 +105,19 @@ def test_a_million_dimensions_with_a_gap():
     expected = -2 * u * u[-1]
     expected[-1] += 1
     np.testing.assert_allclose(abs(top @ expected), 1.0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("which", "k"), [("LA", 1), ("BE", 4)])
+def test_a_loop_of_ones_own_is_the_search(which, k):
+    op = diagonal(SPECTRA["network-like"])
+    solver = curvature.Eigensolver(op.space, k, which)
+    state = solver.init(solver.start(KEY))
+    while not solver.done(state):
+        if solver.full(state):
+            state = solver.restart(state)
+        state = solver.step(op, state, 1e-4)
+    found = solver.result(solver.restart(state))
+    expected = curvature.eigsh(op, k, which=which, key=KEY, tol=1e-4)
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-5)
+    assert int(found.num_matvecs) == int(expected.num_matvecs)
+    assert bool(found.converged)

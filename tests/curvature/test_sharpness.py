@@ -9,7 +9,7 @@ from jaxnet import curvature, data, losses, nn
 KEY = jax.random.key(2)
 
 
-def dense_product(params, a, v):
+def dense_product(a, v):
     return a @ v
 
 
@@ -70,7 +70,7 @@ def test_the_gradient_of_several_eigenvalues_by_the_matrix_itself(x64):
     a = jnp.asarray(a + a.T)
 
     def values(a):
-        op = curvature.LinearOperator(dense_product, jnp.zeros(12), a)
+        op = curvature.LinearOperator(dense_product, curvature.Space.of(jnp.zeros(12)), a)
         return curvature.eigsh(op, 3, key=KEY, tol=1e-13).values
 
     weights = jnp.array([1.0, -2.0, 0.5])

@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 
 from jaxnet import curvature
-from jaxnet.curvature import LinearOperator
+from jaxnet.curvature import LinearOperator, Space
 
 KEY = jax.random.key(7)
 
 
-def product(params, a, v):
+def product(a, v):
     flat = a @ jnp.concatenate([v["a"], v["b"].reshape(-1)])
     return {"a": flat[:20], "b": flat[20:].reshape(-1, 2)}
 
 
 def operator(a):
     a = jnp.asarray(a)
-    return LinearOperator(product, {"a": jnp.zeros(20, a.dtype), "b": jnp.zeros((len(a) // 2 - 10, 2), a.dtype)}, a)
+    return LinearOperator(
+        product, Space.of({"a": jnp.zeros(20, a.dtype), "b": jnp.zeros((len(a) // 2 - 10, 2), a.dtype)}), a
+    )
 
 
 def symmetric(n, decay):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from jaxnet import contract, curvature
+from jaxnet import curvature
 
 KEY = jax.random.key(3)
 
@@ -52,7 +52,6 @@ def test_a_list_of_batches_is_a_stream_and_a_list_of_arrays_is_a_batch(mlp_probl
     chex.assert_trees_all_close(
         curvature.hessian(loss, params, list(batch))(v), curvature.hessian(loss, params, batch)(v)
     )
-    assert not any(map(contract.is_stream, [batch, {"x": batch[0]}, batch[0], np.ones(3), None]))
 
 
 def test_batches_that_change_are_refused(mlp_problem):
@@ -68,9 +67,9 @@ def test_an_iterator_and_an_empty_stream_are_refused(mlp_problem):
     with pytest.raises(ValueError, match="at least one batch"):
         curvature.sharpness(loss, params, Loader(tuple(x[:0] for x in batch), 5), key=KEY)
     for function in (curvature.spectral_density, curvature.trace, curvature.diagonal):
-        with pytest.raises(TypeError, match="needs an operator of one batch"):
+        with pytest.raises(TypeError, match="needs one batch in memory"):
             function(curvature.hessian(loss, params, Loader(batch, 5)), key=KEY)
-    with pytest.raises(ValueError, match="of one batch only"):
+    with pytest.raises(TypeError, match="subsample: needs one batch in memory"):
         curvature.sharpness(loss, params, Loader(batch, 5), key=KEY, subsample=3)
 
 

@@ -281,11 +281,11 @@ def test_record():
 ROOMS = (curvature, learning_rate, per_example, training)
 # Results, and what else is a class, of which no figure would tell anything.
 REFUSED = {
-    "Best", "Estimate", "FitProgress", "History", "LinearOperator", "NoisyCurvature", "OnlineSharpness",
-    "PerExampleGradients", "ScaleBySharpnessState", "StopRule", "Stopped", "StreamedGradients", "Tracker", "TrainState",
+    "Best", "Eigensolver", "Estimate", "FitProgress", "History", "LinearOperator", "NoisyCurvature", "OnlineSharpness",
+    "PerExampleGradients", "ScaleBySharpnessState", "Space", "StopRule", "Stopped", "Tracker", "TrainState",
 }  # fmt: skip
 DRAWN = {
-    "Analysis", "Eigenpairs", "FitResult", MeasuredStability.__name__, MeasuredSgdStability.__name__, "NoiseScale",
+    "Analysis", "Eigenpairs", "FitResult", "MeasuredStability", "MeasuredSgdStability", "NoiseScale",
     "RangeTest", "Sharpness", "SpectralDensity", "Stability", "Track", "TrackObserver",
 }  # fmt: skip
 

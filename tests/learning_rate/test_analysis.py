@@ -84,7 +84,7 @@ def test_no_batch_bears_more_than_its_limit(x64):
     found = learning_rate.analyse(loss, params, batch, key=KEY, tol=1e-8)
     sizes = found.batch_sizes
     assert sizes == (1, 2, 4, 8, 16, 32, 64, 100)
-    exact = learning_rate.sgd_maximal(loss, params, batch, sizes, replace=False)
+    exact = learning_rate.sgd_stability(loss, params, batch, sizes, replace=False)
     limits = np.array([found.limit(size) for size in sizes])
     assert (exact <= limits * (1 + 1e-6)).all()
     assert exact[0] < 0.8 * limits[0]

@@ -18,7 +18,7 @@ def quadratic(params, batch):
 
 def test_on_a_quadratic_both_limits_are_two_over_lambda():
     batch = jnp.diag(jnp.sqrt(jnp.array([5.0, 4.0, 1.0, 0.1]) * 4))  # Hessian diag(5, 4, 1, .1)
-    ladder = learning_rate.measure_limits(quadratic, jnp.ones(4), batch, 0.4 * LADDER, key=KEY)
+    ladder = learning_rate.measure_stability(quadratic, jnp.ones(4), batch, optax.sgd, rates=0.4 * LADDER, key=KEY)
     np.testing.assert_allclose(ladder.limits, 0.4, rtol=5e-3)
     assert ladder.limit_error < 2e-3
     # Plainly it fails beyond the same limit, within the ladder's spacing.
@@ -36,7 +36,9 @@ def test_a_network_with_negative_curvature_is_measured_at_its_sharpness():
         batch64 = (jnp.asarray(inputs, jnp.float64), labels)
         values = np.linalg.eigvalsh(jax.jit(jax.hessian(lambda w: loss(unravel(w), batch64)))(flat))
     assert values[0] < -0.3 * values[-1]
-    ladder = learning_rate.measure_limits(loss, params, (inputs, labels), 2 / values[-1] * LADDER, key=KEY)
+    ladder = learning_rate.measure_stability(
+        loss, params, (inputs, labels), optax.sgd, rates=2 / values[-1] * LADDER, key=KEY
+    )
     np.testing.assert_allclose(ladder.limit, 2 / values[-1], rtol=0.03)
     assert ladder.growth.shape == (3, len(LADDER))
 
@@ -53,9 +55,7 @@ def test_momentum_loses_stability_at_its_own_limit(make_optimizer, predicted, x6
     batch = jnp.diag(jnp.sqrt(jnp.array([5.0, 3.0, 1.0, 0.1]) * 4))
     for shift in (1.0, 1.04):
         rates = predicted * shift * np.linspace(0.9, 1.1, 15)
-        ladder = learning_rate.measure_limits(
-            quadratic, jnp.ones(4), batch, rates, key=KEY, make_optimizer=make_optimizer
-        )
+        ladder = learning_rate.measure_stability(quadratic, jnp.ones(4), batch, make_optimizer, rates=rates, key=KEY)
         np.testing.assert_allclose(ladder.limits, predicted, rtol=1e-3)
 
 
@@ -64,10 +64,15 @@ def test_adam_in_a_state_that_it_is_given(x64):
     batch = jnp.diag(jnp.sqrt(jnp.array([5.0, 3.0, 1.0, 0.1]) * 4))
     make_adam = functools.partial(optax.adam, eps=0.0)
     state = optax.tree.set(make_adam(1.0).init(jnp.ones(4)), count=jnp.int32(10**6), nu=jnp.full(4, 4.0))
-    ladder = learning_rate.measure_limits(
-        quadratic, jnp.ones(4), batch, 38 / 2.5 * np.linspace(0.85, 1.2, 15), key=KEY, make_optimizer=make_adam,
+    ladder = learning_rate.measure_stability(
+        quadratic,
+        jnp.ones(4),
+        batch,
+        make_adam,
+        rates=38 / 2.5 * np.linspace(0.85, 1.2, 15),
+        key=KEY,
         opt_state=state,
-    )  # fmt: skip
+    )
     # Over a dozen steps ν loses 1 %.
     np.testing.assert_allclose(ladder.limits, 38 / 2.5, rtol=0.01)
 
@@ -79,8 +84,8 @@ def test_another_optimizer_and_other_rates_trace_the_network_no_more():
         traced.append(params)
         return quadratic(params, batch)
 
-    measure = lambda rates, make: learning_rate.measure_limits(
-        loss, jnp.ones(4), jnp.eye(4), rates, key=KEY, make_optimizer=make, num_steps=2
+    measure = lambda rates, make: learning_rate.measure_stability(
+        loss, jnp.ones(4), jnp.eye(4), make, rates=rates, key=KEY, num_steps=2
     )
     measure([1.0, 2.0, 9.0], optax.sgd)
     once = len(traced)
@@ -91,7 +96,7 @@ def test_another_optimizer_and_other_rates_trace_the_network_no_more():
 
 def test_a_ladder_that_does_not_hold_the_limit_says_nan():
     batch = jnp.eye(4)
-    ladder = learning_rate.measure_limits(quadratic, jnp.ones(4), batch, [0.1, 0.2, 0.3], key=KEY)
+    ladder = learning_rate.measure_stability(quadratic, jnp.ones(4), batch, optax.sgd, rates=[0.1, 0.2, 0.3], key=KEY)
     assert np.isnan(ladder.limits).all()
     np.testing.assert_allclose(ladder.plain_bracket[0], 0.3)
     assert np.isnan(ladder.plain_bracket[1])
@@ -99,10 +104,12 @@ def test_a_ladder_that_does_not_hold_the_limit_says_nan():
 
 def test_half_precision_is_refused():
     with pytest.raises(TypeError, match="float32 or float64"):
-        learning_rate.measure_limits(quadratic, jnp.ones(4, jnp.bfloat16), jnp.eye(4), [0.1, 0.2, 0.3], key=KEY)
+        learning_rate.measure_stability(
+            quadratic, jnp.ones(4, jnp.bfloat16), jnp.eye(4), optax.sgd, rates=[0.1, 0.2, 0.3], key=KEY
+        )
 
 
 @pytest.mark.parametrize("rates", [[0.1, 0.2], [0.2, 0.1, 0.3], [0.0, 0.1, 0.2], [0.1, 0.2, float("inf")], 0.1])
 def test_bad_ladders(rates):
     with pytest.raises(ValueError, match="rates: expected"):
-        learning_rate.measure_limits(quadratic, jnp.ones(4), jnp.eye(4), rates, key=KEY)
+        learning_rate.measure_stability(quadratic, jnp.ones(4), jnp.eye(4), optax.sgd, rates=rates, key=KEY)

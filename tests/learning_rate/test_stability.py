@@ -8,7 +8,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxnet import training
-from jaxnet.learning_rate._stability import stability, stability_limit
+from jaxnet.contract import UserError
+from jaxnet.learning_rate import stability
 
 KEY = jax.random.key(0)
 BATCH = jnp.ones(2)
@@ -109,7 +110,7 @@ def test_it_is_where_the_iterates_begin_to_grow(name, x64):
     make, closed = CASES[name]
     optimizer = make(0.01)
     state = _with_moments(optimizer.init(_params()), MOMENTS, 7)
-    limit = float(stability_limit(optimizer, state, quadratic, _params(), BATCH, key=KEY, tol=1e-12))
+    limit = float(stability(quadratic, _params(), BATCH, optimizer, state, key=KEY, tol=1e-12).limit)
     if closed is not None:
         np.testing.assert_allclose(limit, closed, rtol=1e-9)
     measured = _limit_of_iterates(make, 0.999 if "adam" in name else 0.9, 7, (0.5 * limit, 2 * limit))
@@ -132,7 +133,7 @@ def test_adam_against_its_formula_on_a_network(mlp_problem):
         root = jnp.sqrt(ravel_pytree(adam.nu)[0] / (1 - 0.999**9))
         preconditioned = hessian / ((1 - 0.8**9) * (root + 1e-3))[:, None]
         largest = np.linalg.eigvals(preconditioned).real.max()
-        found = stability(optimizer, state.opt_state, loss, state.params, batch, key=KEY, tol=1e-10)
+        found = stability(loss, state.params, batch, optimizer, state.opt_state, key=KEY, tol=1e-10)
         # Where λ = (1 + β)(2 − ηd)/((1 − β)η).
         np.testing.assert_allclose(found.limit, 2 / (largest * 0.2 / 1.8 + decay), rtol=1e-7)
         np.testing.assert_allclose(found.rate, 3e-3, rtol=1e-9)
@@ -145,8 +146,8 @@ def test_single_precision_and_a_warm_start():
     state = _with_moments(optimizer.init(params), jax.tree.map(np.float32, MOMENTS), 7)
     root = np.sqrt(np.append(MOMENTS["a"], MOMENTS["b"]) + 1e-8)
     largest = np.linalg.eigvals(np.asarray(_hessian()) / root[:, None]).real.max()
-    cold = stability(optimizer, state, quadratic, params, BATCH, key=KEY, tol=1e-5)
-    warm = stability(optimizer, state, quadratic, params, BATCH, key=KEY, tol=1e-5, v0=cold.vector)
+    cold = stability(quadratic, params, BATCH, optimizer, state, key=KEY, tol=1e-5)
+    warm = stability(quadratic, params, BATCH, optimizer, state, key=KEY, tol=1e-5, v0=cold.vector)
     np.testing.assert_allclose([cold.limit, warm.limit], 3.8 / largest, rtol=1e-5)
     np.testing.assert_allclose(cold.rate, 1e-3, rtol=1e-5)
 
@@ -156,7 +157,7 @@ def test_single_precision_compiles_to_the_same_rate_behind_a_clip_that_is_not_in
     for clip in (optax.identity(), optax.clip_by_global_norm(1e3)):
         optimizer = optax.chain(clip, optax.adam(1e-3))
         state = _with_moments(optimizer.init(params), jax.tree.map(np.float32, MOMENTS), 7)
-        found = stability(optimizer, state, quadratic, params, BATCH, key=KEY, tol=1e-5)
+        found = stability(quadratic, params, BATCH, optimizer, state, key=KEY, tol=1e-5)
         np.testing.assert_allclose(found.rate, 1e-3, rtol=1e-5)
 
 
@@ -183,7 +184,7 @@ def test_the_rate_and_its_limit_after_some_steps(optimizer, rate, limit, x64):
     update, state = training.make_update(quadratic, optimizer), training.init_state(_params(), optimizer)
     for _ in range(3):
         state, _ = update(state, BATCH)
-    found = stability(optimizer, state.opt_state, quadratic, state.params, BATCH, key=KEY, tol=1e-10)
+    found = stability(quadratic, state.params, BATCH, optimizer, state.opt_state, key=KEY, tol=1e-10)
     np.testing.assert_allclose(found.rate, rate, rtol=1e-7)
     if limit is None:
         sums = ravel_pytree(optax.tree.get(state.opt_state, "sum_of_squares"))[0]
@@ -195,7 +196,7 @@ def test_frozen_params_take_no_part(x64):
     labels = {"a": "train", "b": "keep"}
     optimizer = optax.partition({"train": optax.sgd(0.1, momentum=0.9), "keep": optax.set_to_zero()}, labels)
     block = np.linalg.eigvalsh(np.asarray(_hessian())[:2, :2])[-1]
-    found = stability(optimizer, optimizer.init(_params()), quadratic, _params(), BATCH, key=KEY, tol=1e-10)
+    found = stability(quadratic, _params(), BATCH, optimizer, optimizer.init(_params()), key=KEY, tol=1e-10)
     np.testing.assert_allclose([found.limit, found.rate], [3.8 / block, 0.1], rtol=1e-9)
 
 
@@ -235,7 +236,7 @@ def test_where_it_has_no_meaning_words_say_so(name):
     params = {"v": jnp.ones(2), "w": jnp.ones((2, 3))}
     loss = lambda p, batch: with_matrix(p, batch) + jnp.sum(p["v"] ** 2)
     with pytest.raises(ValueError, match=words):
-        stability_limit(optimizer, optimizer.init(params), loss, params, BATCH, key=KEY)
+        stability(loss, params, BATCH, optimizer, optimizer.init(params), key=KEY)
 
 
 def test_a_preconditioner_that_is_no_root_needs_its_rate_named(x64):
@@ -246,12 +247,12 @@ def test_a_preconditioner_that_is_no_root_needs_its_rate_named(x64):
     for maker in (optax.adamax, optax.inject_hyperparams(optax.adamax)):
         optimizer = maker(1e-3)
         state = _with_moments(optimizer.init(_params()), MOMENTS, 7)
-        limit = functools.partial(stability_limit, optimizer, state, quadratic, _params(), BATCH, key=KEY, tol=1e-10)
+        found = functools.partial(stability, quadratic, _params(), BATCH, optimizer, state, key=KEY, tol=1e-10)
         if maker is optax.adamax:
             with pytest.raises(ValueError, match="inject_hyperparams"):
-                limit()
+                found()
         else:
-            np.testing.assert_allclose(limit(), 38 / largest, rtol=1e-7)
+            np.testing.assert_allclose(found().limit, 38 / largest, rtol=1e-7)
 
 
 @pytest.mark.parametrize("half", ["params", "momentum"])
@@ -259,20 +260,18 @@ def test_half_precision_is_refused(half):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16 if half == "params" else jnp.float32), _params())
     optimizer = optax.sgd(0.1, momentum=0.9, accumulator_dtype=jnp.bfloat16)
     with pytest.raises(TypeError, match="float32 or float64, got bfloat16"):
-        stability_limit(optimizer, optimizer.init(params), quadratic, params, BATCH, key=KEY)
+        stability(quadratic, params, BATCH, optimizer, optimizer.init(params), key=KEY)
 
 
 def test_bad_arguments():
     params = {"w": jnp.ones((2, 3))}
     optimizer = optax.sgd(0.1)
-    limit = functools.partial(stability_limit, key=KEY)
+    state = optimizer.init(params)
     with pytest.raises(TypeError, match="one that is made"):
-        limit(optax.sgd, None, with_matrix, params, BATCH)
+        stability(with_matrix, params, BATCH, optax.sgd, None, key=KEY)
     with pytest.raises(ValueError, match="opt_state: expected the state of this optimizer"):
-        limit(optimizer, optax.adam(0.1).init(params), with_matrix, params, BATCH)
+        stability(with_matrix, params, BATCH, optimizer, optax.adam(0.1).init(params), key=KEY)
     with pytest.raises(ValueError, match="not positive"):
-        limit(optimizer, optimizer.init(params), lambda p, b: -with_matrix(p, b), params, BATCH)
-    with pytest.raises(ValueError, match=r"not finite: .*params\['w'\]"):
-        limit(optimizer, optimizer.init(params), with_matrix, {"w": jnp.full((2, 3), jnp.nan)}, BATCH)
-    with pytest.raises(TypeError, match="one batch"):
-        limit(optimizer, optimizer.init(params), with_matrix, params, [(BATCH,), (BATCH,)])
+        stability(lambda p, b: -with_matrix(p, b), params, BATCH, optimizer, state, key=KEY)
+    with pytest.raises(UserError, match=r"not finite: .*params\['w'\]"):
+        stability(with_matrix, {"w": jnp.full((2, 3), jnp.nan)}, BATCH, optimizer, state, key=KEY)

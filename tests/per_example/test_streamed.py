@@ -14,7 +14,7 @@ def in_batches(batch, *ends):
 
 def test_moments_over_ragged_batches_are_those_of_the_whole(mlp_problem):
     loss, params, batch = mlp_problem
-    streamed = per_example.StreamedGradients(loss, params, in_batches(batch, 5, 6))
+    streamed = per_example.gradients(loss, params, in_batches(batch, 5, 6))
     whole = per_example.gradients(loss, params, batch)
     assert streamed.num_examples == 12
     for name in ("mean", "second_moment", "variance", "norms"):
@@ -35,7 +35,7 @@ def test_too_few_examples_are_refused(mlp_problem):
     with pytest.raises(ValueError, match="3 examples or more, got 2"):
         per_example.noise_scale(loss, params, two)
     with pytest.raises(ValueError, match="two examples"):
-        per_example.StreamedGradients(loss, params, two[:1]).variance()
-    empty = per_example.StreamedGradients(loss, params, [jax.tree.map(jnp.asarray, (np.ones((0, 5)), np.ones(0)))])
+        per_example.gradients(loss, params, two[:1]).variance()
+    empty = per_example.gradients(loss, params, [jax.tree.map(jnp.asarray, (np.ones((0, 5)), np.ones(0)))])
     with pytest.raises(ValueError, match="at least one"):
         empty.mean()

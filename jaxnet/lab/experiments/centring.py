@@ -107,7 +107,7 @@ def _of_weights(loss: Loss, params: ArrayTree, batch: ArrayTree, key: Array) -> 
 
 def _limit(loss: Loss, params: ArrayTree, batch: ArrayTree, expected: float, key: Array) -> float:
     rates = expected * np.geomspace(0.7, 1.4, 9)
-    return float(learning_rate.measure_limits(loss, params, batch, rates, key=key).limit)
+    return float(learning_rate.measure_stability(loss, params, batch, optax.sgd, rates=rates, key=key).limit)
 
 
 @dataclasses.dataclass(frozen=True)

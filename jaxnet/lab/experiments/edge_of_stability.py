@@ -12,7 +12,7 @@ import optax
 from jaxnet import curvature, data, losses, nn, training
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.lab.record import Line, Panel, Record, Series, above, below, close, within
-from jaxnet.learning_rate._stability import stability
+from jaxnet.learning_rate import stability
 
 QUESTION = "Does full-batch training drive curvature up to each optimizer's limit of stability, and hold it there?"
 
@@ -165,7 +165,7 @@ def _follow(loss: Loss, params: ArrayTree, batch: Any, method: Method, num_steps
 
 
 def _read(loss: Loss, batch: Any, method: Method, state: training.TrainState, key: Array) -> float:
-    found = stability(method.make(method.rate), state.opt_state, loss, state.params, batch, key=key)
+    found = stability(loss, state.params, batch, method.make(method.rate), state.opt_state, key=key)
     return float(found.ratio)
 
 

@@ -103,11 +103,10 @@ def _full_batch(make: Callable[[Any], Any], problem: Problem, key: Array) -> dic
     """Predicted from the update and Hessian products, measured from iterates about ω₀ on the tilted loss."""
     loss, params, batch = problem.loss, problem.params, problem.batch
     state = _warm_state(loss, params, batch, make, key)
-    predicted = float(learning_rate.stability_limit(make(1.0), state, loss, params, batch, key=key))
-    ladder = learning_rate.measure_limits(
-        loss, params, batch, predicted * LADDER, key=key, make_optimizer=make, opt_state=state, num_starts=2,
-        num_steps=30,
-    )  # fmt: skip
+    predicted = float(learning_rate.stability(loss, params, batch, make(1.0), state, key=key).limit)
+    ladder = learning_rate.measure_stability(
+        loss, params, batch, make, rates=predicted * LADDER, key=key, opt_state=state, num_starts=2, num_steps=30
+    )
     return {
         "predicted": predicted,
         "measured": float(ladder.limit),
@@ -139,13 +138,13 @@ def _stochastic(size: int, problem: Problem, key: Array) -> dict[str, float]:
     """Predicted from the examples' Hessians, measured from the mean square of a population of runs."""
     loss, data = losses.mean_loss(problem.loss.apply, losses.squared_error), problem.at_minimum
     predicted = float(
-        learning_rate.sgd_maximal(loss, problem.params, data, size, replace=True, gauss_newton=True, tol=1e-4)
+        learning_rate.sgd_stability(loss, problem.params, data, size, replace=True, gauss_newton=True, tol=1e-4)
     )
     # Single precision resolves the differences of gradients; the larger the batch, the fewer runs: they are more alike.
     params, data = jax.tree.map(lambda x: x.astype(jnp.float32), (problem.params, data))
     highest, num_halvings = 1.5 * predicted, 7
     num_particles = min(problem.num_particles, max(8, 256 // size))
-    found = learning_rate.measure_sgd_limit(
+    found = learning_rate.measure_sgd_stability(
         loss, params, data, size, highest=highest, key=key, num_particles=num_particles, num_steps=100, num_repeats=2,
         num_halvings=num_halvings,
     )  # fmt: skip

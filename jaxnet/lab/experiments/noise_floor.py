@@ -16,7 +16,13 @@ from jaxnet.data import Order
 from jaxnet.lab.experiments.two_gaussians import WITH_BIAS as LOSS
 from jaxnet.lab.experiments.two_gaussians import minimum_with_bias
 from jaxnet.lab.record import Claim, Line, Panel, Record, Series, above, below, within
-from jaxnet.learning_rate import SgdLimit, measure_sgd_limit, one_by_one, sgd_maximal, stationary_excess
+from jaxnet.learning_rate import (
+    MeasuredSgdStability,
+    measure_sgd_stability,
+    one_by_one,
+    sgd_stability,
+    stationary_excess,
+)
 
 QUESTION = "Stochastic descent keeps bouncing: how high at each rate and batch size, and up to which rate at all?"
 
@@ -92,16 +98,16 @@ class Limit:
 
     batch_size: int
     predicted: float
-    mean_square: SgdLimit
-    single: SgdLimit
+    mean_square: MeasuredSgdStability
+    single: MeasuredSgdStability
 
 
 def _limit(batch: ArrayTree, minimum: ArrayTree, batch_size: int, num_particles: int, key: Array) -> Limit:
     bisected = functools.partial(
-        measure_sgd_limit, LOSS, minimum, batch, batch_size, highest=HIGHEST_RATE, num_particles=num_particles,
+        measure_sgd_stability, LOSS, minimum, batch, batch_size, highest=HIGHEST_RATE, num_particles=num_particles,
         num_steps=200, key=jax.random.fold_in(key, batch_size),
     )  # fmt: skip
-    predicted = float(sgd_maximal(LOSS, minimum, batch, batch_size, replace=True))
+    predicted = float(sgd_stability(LOSS, minimum, batch, batch_size, replace=True))
     return Limit(batch_size, predicted, *jax.tree.map(np.asarray, (bisected(), bisected(follow=one_by_one))))
 
 

@@ -1,7 +1,7 @@
 """λ_max from gradients of mini-batches alone, against Lanczos: how soon, how well, and in use."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ from jax.flatten_util import ravel_pytree
 
 from jaxnet import curvature, data, losses, nn
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature import _lanczos
 from jaxnet.lab.record import Claim, Line, Panel, Record, Series, above, below, close, within
 
 QUESTION = "How good is λ_max from mini-batch gradients alone, what does it cost, and does 1/‖Ψ‖ train?"
@@ -181,12 +180,14 @@ def ritz_values(loss: Loss, params: ArrayTree, batch: Batch, keys: Array) -> Arr
     """The largest Ritz value after each Lanczos step from a random start, (runs, products)."""
     op = curvature.hessian(loss, params, batch)
 
-    def step(state: _lanczos.Lanczos, _: None) -> tuple[_lanczos.Lanczos, Array]:
-        state = _lanczos.step(op, state)
-        return state, _lanczos.ritz(state).values[-1]
+    solver = curvature.Eigensolver(op.space, ncv=NUM_PRODUCTS)
+
+    def step(state: Any, _: None) -> tuple[Any, Array]:
+        state = solver.step(op, state, 1e-3)
+        return state, state.found.values[-1]
 
     def one(key: Array) -> Array:
-        return jax.lax.scan(step, _lanczos.init(_lanczos.random_like(key, params), NUM_PRODUCTS), None, NUM_PRODUCTS)[1]
+        return jax.lax.scan(step, solver.init(solver.start(key)), None, NUM_PRODUCTS)[1]
 
     return jax.lax.map(one, keys)
 
