@@ -283,7 +283,7 @@ print(found)
 
 # %%
 ladder = float(found.maximal) * np.array([0.5, 0.7, 0.9, 1.1, 1.5, 2.0, 3.0, 4.0, 6.0])
-measured = learning_rate.measure_limits(loss, params, digits, ladder, key=key)
+measured = learning_rate.measure_stability(loss, params, digits, optax.sgd, rates=ladder, key=key)
 print(f"limit of stability: predicted {found.maximal:.3f}, measured {measured.limit:.3f} ± {measured.limit_error:.3f}")
 
 # %% [markdown]
