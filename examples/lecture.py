@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import jaxnet
-from jaxnet import curvature, data, learning_rate, losses, nn, per_example, training
+from jaxnet import curvature, data, learning_rate, losses, nn, per_example, plot, training
 from jaxnet.lab import plots
 from jaxnet.lab.record import Contours, Line, Panel, Series
 
@@ -34,12 +33,11 @@ def show(drawn, name=None):
     """Draw a panel, or a result of the library: in the notebook, or into the folder that was named."""
     if not in_notebook and folder is None:
         return
-    figure = plots.draw([drawn])[drawn.name] if isinstance(drawn, Panel) else jaxnet.plot(drawn)
+    figure = plots.draw([drawn])[drawn.name] if isinstance(drawn, Panel) else plot(drawn)
     if in_notebook:
         from IPython.display import Image, display
 
-        picture = io.BytesIO()
-        figure.savefig(picture)
+        figure.savefig(picture := io.BytesIO())
         display(Image(picture.getvalue()))
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -285,7 +283,7 @@ print(found)
 
 # %%
 ladder = float(found.maximal) * np.array([0.5, 0.7, 0.9, 1.1, 1.5, 2.0, 3.0, 4.0, 6.0])
-measured = learning_rate.measure_limits(loss, params, digits, ladder, key=key)
+measured = learning_rate.measure_stability(loss, params, digits, optax.sgd, rates=ladder, key=key)
 print(f"limit of stability: predicted {found.maximal:.3f}, measured {measured.limit:.3f} ± {measured.limit_error:.3f}")
 
 # %% [markdown]

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxnet import data, losses, nn
 from jaxnet.contract import Array, UserError
+from jaxnet.learning_rate import Analysis
 from jaxnet.losses import Apply, ChunkedLoss
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -62,6 +63,22 @@ def check_count(name: str, value: int, lowest: int = 1, highest: int = MOST) -> 
     """Raise a `UserError` unless ``value`` is in lowest…highest."""
     if not lowest <= value <= highest:
         raise UserError(f"{name}: expected {lowest} to {highest}, got {value}")
+
+
+def rate_of(analysis: Analysis, batch_size: int | None) -> float:
+    """The rate to train at with batches of B.
+
+    Raises:
+      UserError: none follows from the data: λ_max is so small that its inverse overflows, or there is no gradient.
+    """
+    rate = float(analysis.rate(batch_size))
+    if not 0 < rate < np.inf:
+        batch = "the full batch" if batch_size is None else f"B = {batch_size}"
+        raise UserError(
+            f"no rate for {batch} follows from curvature and noise at the initial parameters, it would be {rate:.3g}; "
+            "rescale the data, or take another seed"
+        )
+    return rate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import optax
 from jaxnet import curvature, learning_rate, losses, training
 from jaxnet.contract import Array, UserError, check_batch_size
 from jaxnet.lab import _panels, record
-from jaxnet.lab._task import Progress, Task, TaskConfig, check_count, keys_of, known, make_task
+from jaxnet.lab._task import Progress, Task, TaskConfig, check_count, keys_of, known, make_task, rate_of
 from jaxnet.lab.record import Claim, Line, Panel, Record, Series
 from jaxnet.learning_rate import Analysis, MeasuredStability
 
@@ -125,7 +125,7 @@ def _train(
     share: Callable[[float], None],
 ) -> Run:
     # Momentum sums the last 1/(1 − β) steps: the same rate a step of displacement needs 1 − β of it.
-    rate = float(analysis.rate(batch_size)) * (1 if config.optimizer == "sgd" else 1 - MOMENTUM)
+    rate = rate_of(analysis, batch_size) * (1 if config.optimizer == "sgd" else 1 - MOMENTUM)
     if batch_size is None and config.learning_rate is not None:
         rate = config.learning_rate
     followed = curvature.track(task.loss, task.sample, key=key).observer(task.params)

@@ -13,7 +13,7 @@ from jaxnet import curvature, learning_rate, training
 from jaxnet.contract import Array, ArrayTree, UserError, check_batch_size
 from jaxnet.curvature import Eigenpairs, LinearOperator
 from jaxnet.lab import _panels, record
-from jaxnet.lab._task import Progress, Task, TaskConfig, check_count, keys_of, make_task
+from jaxnet.lab._task import Progress, Task, TaskConfig, check_count, keys_of, make_task, rate_of
 from jaxnet.lab.record import Line, Panel, Record, Series
 
 
@@ -75,7 +75,7 @@ def _trained(config: SpectrumConfig, task: Task, key: Array) -> ArrayTree:
         task.params,
         task.train,
         optax.sgd,
-        learning_rate=float(analysis.rate(config.batch_size)),
+        learning_rate=rate_of(analysis, config.batch_size),
         batch_size=config.batch_size,
         num_epochs=config.num_epochs,
         key=key,

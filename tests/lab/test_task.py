@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxnet.lab._task import TaskConfig, make_task
+from jaxnet.contract import UserError
+from jaxnet.lab._task import TaskConfig, make_task, rate_of
 
 KEY = jax.random.key(0)
 
@@ -108,3 +109,13 @@ def test_data_that_does_not_fit(tmp_path, labels, config, words):
 def test_unknown_names(config, words):
     with pytest.raises(ValueError, match=words):
         task(**config)
+
+
+@pytest.mark.parametrize("rate", [0.0, np.inf, np.nan])
+def test_a_rate_that_nothing_can_train_at_is_told_in_words(rate):
+    class Found:
+        def rate(self, batch_size):
+            return rate
+
+    with pytest.raises(UserError, match=f"no rate for B = 4 follows .* it would be {rate:.3g}; rescale the data"):
+        rate_of(Found(), 4)
