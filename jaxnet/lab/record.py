@@ -155,6 +155,7 @@ class Record:
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
 
     def __post_init__(self) -> None:
+        """Refuse claims of the same key."""
         keys = [claim.key for claim in self.claims]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:

@@ -93,7 +93,10 @@ def _modules(key: Array) -> list[Claim]:
         return close(key, name, 0.0, worst, 1e-12)
 
     return [
-        claim("linear", "linear: δI = W′δO, δW = δO·I′", lambda i, w: w @ i, (i, w), (w.T @ delta, jnp.outer(delta, i))),
+        claim(
+            "linear", "linear: δI = W′δO, δW = δO·I′",
+            lambda i, w: w @ i, (i, w), (w.T @ delta, jnp.outer(delta, i)),
+        ),
         claim(
             "sigmoid_with_bias", "sigmoid with bias: δI = f′(I+B)δO, δB = δI",
             lambda i, b: jax.nn.sigmoid(i + b), (signal, bias), (slope * delta, slope * delta),

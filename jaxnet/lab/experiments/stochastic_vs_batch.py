@@ -106,7 +106,8 @@ def run(*, seed: int = 0) -> Record:
             continue
         record = found[line.experiment]
         spoken = [record.claim(key) for key in line.keys]
-        claims += [dataclasses.replace(claim, key=f"{record.name}_{claim.key}") for claim in spoken]
+        named = [dataclasses.replace(claim, key=f"{record.name}_{claim.key}") for claim in spoken]
+        claims += [claim for claim in named if claim not in claims]
         first, held = spoken[0], sum(claim.passed for claim in spoken)
         together = f"; {held} of {len(spoken)} such claims hold" if len(spoken) > 1 else ""
         rows.append((name, first.measured, f"{first.name}: predicted {first.predicted:.3g}{together}"))
