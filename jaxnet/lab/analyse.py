@@ -170,7 +170,14 @@ def _with_runs(found: Record, runs: list[Run], sampled: int) -> Record:
     for run in runs:
         end = f", test accuracy {run.accuracy:.3f}" if np.isfinite(run.accuracy) else ""
         rows.append((f"η, {run.name}", run.rate, f"loss {run.loss[0]:.3g} to {run.loss[-1]:.3g}{end}; {run.stopped}"))
-        claims.append(record.below(f"{run.name}: trains at its rate", run.loss[0], run.loss[-1]))
+        claims.append(
+            record.below(
+                record.slug("trains", run.name.partition(",")[0]),
+                f"{run.name}: trains at its rate",
+                run.loss[0],
+                run.loss[-1],
+            )
+        )
     measurements = {**found.measurements, "runs": [dataclasses.asdict(run) for run in runs]}
     sampling = "the full batch" if sampled == found.measurements["num_examples"] else f"{sampled} examples"
     panels = [*found.panels, _loss_panel(runs), _sharpness_panel(runs, found.config, sampling)]
@@ -261,4 +268,4 @@ def _of_plain_training(ladder: MeasuredStability) -> str:
 
 
 def _stability_claim(predicted: float, limit: float) -> Claim:
-    return record.within("loss of stability at ω₀ is at 2/λ_max", predicted, limit, 0.05)
+    return record.within("limit", "loss of stability at ω₀ is at 2/λ_max", predicted, limit, 0.05)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -73,6 +74,7 @@ class Claim:
     """A prediction held against a measurement.
 
     Attributes:
+      key: what to find it by, in snake_case; no other claim of its record has it.
       name: what is claimed, in words.
       predicted: the theory's figure.
       measured: the experiment's.
@@ -80,6 +82,7 @@ class Claim:
       tolerance: the bound, in words.
     """
 
+    key: str
     name: str
     predicted: float
     measured: float
@@ -87,26 +90,31 @@ class Claim:
     tolerance: str
 
 
-def within(name: str, predicted: Any, measured: Any, relative: float) -> Claim:
+def slug(*parts: Any) -> str:
+    """A claim's key from a loop's items: ``slug("limit", "heavy ball", 0.1)`` is limit_heavy_ball_0_1."""
+    return "_".join(re.findall("[a-z0-9]+", " ".join(map(str, parts)).lower()))
+
+
+def within(key: str, name: str, predicted: Any, measured: Any, relative: float) -> Claim:
     """The claim that ``measured`` is within a relative distance of ``predicted``; NaN never is."""
     p, m = float(predicted), float(measured)
-    return Claim(name, p, m, abs(m - p) <= relative * abs(p), f"within {relative:.2g} of it, relative")
+    return Claim(key, name, p, m, abs(m - p) <= relative * abs(p), f"within {relative:.2g} of it, relative")
 
 
-def close(name: str, predicted: Any, measured: Any, absolute: float) -> Claim:
+def close(key: str, name: str, predicted: Any, measured: Any, absolute: float) -> Claim:
     """The claim that ``measured`` is within an absolute distance of ``predicted``; NaN never is."""
     p, m = float(predicted), float(measured)
-    return Claim(name, p, m, abs(m - p) <= absolute, f"within {absolute:.2g} of it")
+    return Claim(key, name, p, m, abs(m - p) <= absolute, f"within {absolute:.2g} of it")
 
 
-def below(name: str, bound: Any, measured: Any) -> Claim:
+def below(key: str, name: str, bound: Any, measured: Any) -> Claim:
     """The claim that ``measured`` is below ``bound``."""
-    return Claim(name, float(bound), float(measured), float(measured) < float(bound), "below it")
+    return Claim(key, name, float(bound), float(measured), float(measured) < float(bound), "below it")
 
 
-def above(name: str, bound: Any, measured: Any) -> Claim:
+def above(key: str, name: str, bound: Any, measured: Any) -> Claim:
     """The claim that ``measured`` is above ``bound``."""
-    return Claim(name, float(bound), float(measured), float(measured) > float(bound), "above it")
+    return Claim(key, name, float(bound), float(measured), float(measured) > float(bound), "above it")
 
 
 def versions() -> dict[str, str]:
@@ -126,10 +134,13 @@ class Record:
       seed: of its randomness.
       dtype: of its arithmetic.
       measurements: name -> number, array or mapping of them.
-      claims: predictions held against measurements.
+      claims: predictions held against measurements, each with a key of its own.
       panels: what to draw.
       rows: the lines of its table, (quantity, value, remark).
       versions: of Python and the packages.
+
+    Raises:
+      ValueError: two claims have the same key.
     """
 
     name: str
@@ -143,10 +154,28 @@ class Record:
     rows: Sequence[tuple[str, Any, str]] = ()
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
 
+    def __post_init__(self) -> None:
+        """Refuse claims of the same key."""
+        keys = [claim.key for claim in self.claims]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ValueError(f"claims of {self.name}: expected different keys, got more than one {', '.join(twice)}")
+
     @property
     def passed(self) -> bool:
         """Whether every claim held."""
         return all(claim.passed for claim in self.claims)
+
+    def claim(self, key: str) -> Claim:
+        """The claim with this key.
+
+        Raises:
+          ValueError: there is none; the message lists the known keys.
+        """
+        by_key = {claim.key: claim for claim in self.claims}
+        if key not in by_key:
+            raise ValueError(f"unknown claim of {self.name} {key!r}: known are {', '.join(by_key)}")
+        return by_key[key]
 
     def to_json(self) -> str:
         """Strict JSON; NaN and infinities become the strings "nan", "inf" and "-inf"."""

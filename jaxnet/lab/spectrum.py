@@ -132,7 +132,9 @@ def _with_layers(found: Record, op: LinearOperator, key: Array) -> Record:
     share = lambda value: f"{value / whole:.0%} of the whole" if whole > 0 else ""
     rows = [(f"λ_max, {name}", value, share(value)) for name, value in values.items()]
     # Cauchy's interlacing: a diagonal block's largest eigenvalue is at most the matrix's, each known to 1e-3.
-    claims = [record.below("no part is sharper than the whole", 1.002 * whole, max(values.values()))]
+    claims = [
+        record.below("parts_below_whole", "no part is sharper than the whole", 1.002 * whole, max(values.values()))
+    ]
     panel = Panel(
         name="sharpness_of_parts",
         title="Largest eigenvalue of each part's diagonal block",

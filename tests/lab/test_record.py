@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import math
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxnet.lab import plots, report
-from jaxnet.lab.record import Claim, Contours, Line, Panel, Record, Series, above, below, close, within
+from jaxnet.lab.record import Claim, Contours, Line, Panel, Record, Series, above, below, close, slug, within
 
 PANEL = Panel(
     name="curve",
@@ -31,7 +32,7 @@ RECORD = Record(
         "inf": math.inf,
         "nested": {"nan": np.float64("nan"), "yes": np.bool_(True)},
     },
-    claims=[within("in", 2.0, 2.01, 0.01), below("low", 1.0, 2.0)],
+    claims=[within("in", "it is in", 2.0, 2.01, 0.01), below("low", "it is low", 1.0, 2.0)],
     panels=[PANEL],
     rows=[("λ_max", 0.84, "converged")],
 )
@@ -41,6 +42,7 @@ def test_json_is_strict_and_whole():
     plain = json.loads(RECORD.to_json(), parse_constant=pytest.fail)
     assert plain["measurements"] == {"x": [0, 1, 2], "inf": "inf", "nested": {"nan": "nan", "yes": True}}
     assert plain["claims"][0]["passed"] is True
+    assert [(claim["key"], claim["name"]) for claim in plain["claims"]] == [("in", "it is in"), ("low", "it is low")]
     assert plain["panels"][0]["series"][0]["y"] == [1.0, "inf", 3.0]
     assert {"python", "jax", "jaxlib", "optax", "numpy"} <= set(plain["versions"])
     assert not RECORD.passed
@@ -49,21 +51,37 @@ def test_json_is_strict_and_whole():
 @pytest.mark.parametrize(
     ("claim", "passed"),
     [
-        (within("", 2.0, 2.09, 0.05), True),
-        (within("", 2.0, 2.11, 0.05), False),
-        (within("", -2.0, -2.1, 0.06), True),
-        (within("", 2.0, math.nan, 0.05), False),
-        (within("", math.nan, 2.0, 0.05), False),
-        (close("", 0.0, 1e-7, 1e-6), True),
-        (close("", 0.0, math.nan, 1e-6), False),
-        (below("", 1.0, 0.5), True),
-        (below("", 1.0, math.nan), False),
-        (above("", 1.0, 1.5), True),
-        (above("", 1.0, 1.0), False),
+        (within("key", "", 2.0, 2.09, 0.05), True),
+        (within("key", "", 2.0, 2.11, 0.05), False),
+        (within("key", "", -2.0, -2.1, 0.06), True),
+        (within("key", "", 2.0, math.nan, 0.05), False),
+        (within("key", "", math.nan, 2.0, 0.05), False),
+        (close("key", "", 0.0, 1e-7, 1e-6), True),
+        (close("key", "", 0.0, math.nan, 1e-6), False),
+        (below("key", "", 1.0, 0.5), True),
+        (below("key", "", 1.0, math.nan), False),
+        (above("key", "", 1.0, 1.5), True),
+        (above("key", "", 1.0, 1.0), False),
     ],
 )
 def test_claims(claim, passed):
     assert claim.passed is passed
+
+
+def test_a_claim_is_found_by_its_key():
+    assert RECORD.claim("low") is RECORD.claims[1]
+    with pytest.raises(ValueError, match="unknown claim of test 'it is low': known are in, low"):
+        RECORD.claim("it is low")
+
+
+def test_keys_are_different():
+    claims = [below(key, "", 1, 0) for key in ("once", "twice", "twice")]
+    with pytest.raises(ValueError, match="claims of test: expected different keys, got more than one twice"):
+        dataclasses.replace(RECORD, claims=claims)
+
+
+def test_the_key_of_a_loops_items():
+    assert slug("limit", "RMSprop, decay .99", 0.1) == "limit_rmsprop_decay_99_0_1"
 
 
 def test_a_panel_is_drawn_as_declared():
@@ -100,6 +118,6 @@ def test_tables_show_misses():
     for table in report.tables(RECORD):
         console.print(table)
     text = console.export_text()
-    for word in ("λ_max", "0.84", "converged", "pass", "MISS"):
+    for word in ("λ_max", "0.84", "converged", "it is low", "pass", "MISS"):
         assert word in text
-    assert report.tables(Record("n", "q", {}, 0, "float32", claims=[Claim("c", 1.0, 1.0, True, "")]))
+    assert report.tables(Record("n", "q", {}, 0, "float32", claims=[Claim("c", "it is", 1.0, 1.0, True, "")]))

@@ -33,8 +33,14 @@ def _run(seed: int) -> Record:
     output = model.apply(params, x)[0, 0]
     written = lambda i, o, t: float(i * (o - t) * o * (1 - o))
     claims = [
-        close("∂E/∂w from the slide's rounded figures", -0.01626625, written(0.13, 0.35, 0.9), 5e-9),
-        close("∂E/∂w unrounded, I(O−T)O(1−O) against autodiff", written(hidden, output, TARGET), gradient, 1e-12),
+        close("slide", "∂E/∂w from the slide's rounded figures", -0.01626625, written(0.13, 0.35, 0.9), 5e-9),
+        close(
+            "unrounded",
+            "∂E/∂w unrounded, I(O−T)O(1−O) against autodiff",
+            written(hidden, output, TARGET),
+            gradient,
+            1e-12,
+        ),
         *_modules(jax.random.key(seed)),
     ]
 
@@ -80,24 +86,27 @@ def _modules(key: Array) -> list[Claim]:
     slope = s * (1 - s)
 
     def claim(
-        name: str, forward: Callable[..., Array], arguments: tuple[Array, ...], rules: tuple[Array, ...]
+        key: str, name: str, forward: Callable[..., Array], arguments: tuple[Array, ...], rules: tuple[Array, ...]
     ) -> Claim:
         found = jax.vjp(forward, *arguments)[1](delta)
         worst = max(float(jnp.abs(f - r).max()) for f, r in zip(found, rules, strict=True))
-        return close(name, 0.0, worst, 1e-12)
+        return close(key, name, 0.0, worst, 1e-12)
 
     return [
-        claim("linear: δI = W′δO, δW = δO·I′", lambda i, w: w @ i, (i, w), (w.T @ delta, jnp.outer(delta, i))),
         claim(
-            "sigmoid with bias: δI = f′(I+B)δO, δB = δI",
+            "linear", "linear: δI = W′δO, δW = δO·I′",
+            lambda i, w: w @ i, (i, w), (w.T @ delta, jnp.outer(delta, i)),
+        ),
+        claim(
+            "sigmoid_with_bias", "sigmoid with bias: δI = f′(I+B)δO, δB = δI",
             lambda i, b: jax.nn.sigmoid(i + b), (signal, bias), (slope * delta, slope * delta),
         ),
         claim(
-            "product of two inputs: δI₁ = I₂δO, δI₂ = I₁δO",
+            "product_of_inputs", "product of two inputs: δI₁ = I₂δO, δI₂ = I₁δO",
             jnp.multiply, (signal, other), (other * delta, signal * delta),
         ),
         claim(
-            "residual sum: δI₁ = δO, δI₂ = f′(I₂)δO",
+            "residual_sum", "residual sum: δI₁ = δO, δI₂ = f′(I₂)δO",
             lambda a, b: a + jax.nn.sigmoid(b), (other, signal + bias), (delta, slope * delta),
         ),
     ]  # fmt: skip

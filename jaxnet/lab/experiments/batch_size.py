@@ -42,7 +42,7 @@ def run(
     alike, alike_claims = _alike(seed)
     claims = [
         *(_rate_claim(epochs, batch_sizes, found) for epochs, found in best.items() if epochs),
-        _within_factor("critical batch size", critical["predicted"], critical["measured"], 3),
+        _within_factor("critical_batch_size", "critical batch size", critical["predicted"], critical["measured"], 3),
         *alike_claims,
     ]
     rows = [
@@ -110,9 +110,9 @@ def _lowest(values: np.ndarray) -> float:
     return i + float(np.clip((left - right) / (2 * (left - 2 * middle + right)), -1, 1))
 
 
-def _within_factor(name: str, predicted: Any, measured: Any, factor: float) -> Claim:
+def _within_factor(key: str, name: str, predicted: Any, measured: Any, factor: float) -> Claim:
     p, m = float(predicted), float(measured)
-    return Claim(name, p, m, p / factor <= m <= p * factor, f"within a factor of {factor:g}")
+    return Claim(key, name, p, m, p / factor <= m <= p * factor, f"within a factor of {factor:g}")
 
 
 def _worst(found: dict[str, np.ndarray]) -> float:
@@ -123,7 +123,7 @@ def _worst(found: dict[str, np.ndarray]) -> float:
 
 def _rate_claim(epochs: int, batch_sizes: tuple[int, ...], found: dict[str, np.ndarray]) -> Claim:
     name = f"best rate / (ε_max/(1 + B_noise/B)) {_when(epochs)}, worst of B = {batch_sizes[0]} … {batch_sizes[-1]}"
-    return _within_factor(name, 1, _worst(found), 1.5)
+    return _within_factor(f"best_rate_after_{epochs}_epochs", name, 1, _worst(found), 1.5)
 
 
 def _remark(epochs: int) -> str:
@@ -206,10 +206,18 @@ def _alike(seed: int, rate: float = 0.2, size: int = 10, num_runs: int = 400) ->
             found[name] = {"mean": excess.mean(), "error": excess.std(ddof=1) / num_runs**0.5}
             words = {"distinct": f"{size} examples", "copies": f"one example {size} times", "one": "one example"}[name]
             claims.append(
-                within(f"excess E/E* − 1 at η = {rate}, batches of {words}", predicted / floor, excess.mean(), 0.05)
+                within(
+                    f"excess_of_{name}",
+                    f"excess E/E* − 1 at η = {rate}, batches of {words}",
+                    predicted / floor,
+                    excess.mean(),
+                    0.05,
+                )
             )
         difference = abs(found["copies"]["mean"] - found["one"]["mean"])
-        claims.append(close("copies add nothing: their excess less that of one", 0.0, difference, 1e-12))
+        claims.append(
+            close("copies_add_nothing", "copies add nothing: their excess less that of one", 0.0, difference, 1e-12)
+        )
     return found, claims
 
 

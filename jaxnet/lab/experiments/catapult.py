@@ -56,21 +56,39 @@ def _run(seed: int, num_examples: int, width: int, num_steps: int) -> Record:
     measured, recursion = _one_example(width, init_key, num_steps)
     claims = [
         close(
+            "one_example_recursion",
             "one example: λ at the end against its recursion, largest relative difference",
             0,
             np.abs(measured / recursion - 1)[RATIOS < 3.96].max(),
             1e-8,
         ),
-        below("below 2: λ at the end differs from λ₀ by, relative", 0.02, np.abs(landed / RATIOS - 1)[LAZY].max()),
+        below(
+            "lazy_keeps_curvature",
+            "below 2: λ at the end differs from λ₀ by, relative",
+            0.02,
+            np.abs(landed / RATIOS - 1)[LAZY].max(),
+        ),
         above(
+            "catapult_rises",
             "2 to 4: the loss first rises by a factor of, at least",
             1,
             (runs.loss.max(1) / runs.loss[:, 0])[CATAPULT].min(),
         ),
-        below("2 to 4: then it falls to the minimum; what is left of its excess", 0.01, left[CATAPULT].max()),
-        below("2 to 4: ηλ at the end", 2, landed[CATAPULT].max()),
-        close("beyond 4: share of the rates that diverge", 1, diverged[BEYOND].mean(), 0),
-        within("ηλ₀ of the smallest rate that diverges", 4, RATIOS[diverged].min(initial=np.inf), 0.02),
+        below(
+            "catapult_converges",
+            "2 to 4: then it falls to the minimum; what is left of its excess",
+            0.01,
+            left[CATAPULT].max(),
+        ),
+        below("catapult_lands_below_2", "2 to 4: ηλ at the end", 2, landed[CATAPULT].max()),
+        close("beyond_diverges", "beyond 4: share of the rates that diverge", 1, diverged[BEYOND].mean(), 0),
+        within(
+            "smallest_diverging",
+            "ηλ₀ of the smallest rate that diverges",
+            4,
+            RATIOS[diverged].min(initial=np.inf),
+            0.02,
+        ),
     ]
     return Record(
         name="catapult",

@@ -9,7 +9,7 @@ import optax
 
 from jaxnet import curvature, data, learning_rate, losses, nn, training
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.lab.record import Claim, Line, Panel, Record, Series, above, below, within
+from jaxnet.lab.record import Claim, Line, Panel, Record, Series, above, below, slug, within
 
 QUESTION = "Why centre the inputs: how much larger a rate does it allow, and how many steps does it save?"
 
@@ -52,13 +52,15 @@ def _run(seed: int, num_examples: int, num_steps: int) -> Record:
     ]
     of_mean = float(mean @ mean) / NUM_CLASSES
     claims = [
-        within("λ_max of the weights, raw: λ_max(XᵀX/n)/C", raw, found[0], 1e-4),
-        within("λ_max of the weights, centred", centred, found[1], 1e-4),
-        within("raw over centred, of the weights", 15.0, found[0] / found[1], 0.02),
-        above("raw λ_max is the mean's: at least |μ|²/C", of_mean, found[0]),
-        below("and at most the centred λ_max beyond it", of_mean + centred, found[0]),
-        within("η_max measured from gradients, raw", 2 / with_bias[0], limits[0], 0.01),
-        within("η_max measured from gradients, centred", 2 / with_bias[1], limits[1], 0.01),
+        within("sharpness_raw", "λ_max of the weights, raw: λ_max(XᵀX/n)/C", raw, found[0], 1e-4),
+        within("sharpness_centred", "λ_max of the weights, centred", centred, found[1], 1e-4),
+        within("sharpness_ratio", "raw over centred, of the weights", 15.0, found[0] / found[1], 0.02),
+        above("raw_at_least_of_mean", "raw λ_max is the mean's: at least |μ|²/C", of_mean, found[0]),
+        below(
+            "raw_at_most_of_mean_and_centred", "and at most the centred λ_max beyond it", of_mean + centred, found[0]
+        ),
+        within("limit_raw", "η_max measured from gradients, raw", 2 / with_bias[0], limits[0], 0.01),
+        within("limit_centred", "η_max measured from gradients, centred", 2 / with_bias[1], limits[1], 0.01),
         *(claim for pair in runs for claim in pair.claims()),
     ]
     rows = [
@@ -137,7 +139,10 @@ class Pair:
         """The first level is left out: it takes but a few steps."""
         name = f"{self.name}: steps raw over centred, to E = "
         measured = zip(LEVELS[1:], self.factors()[1:], strict=True)
-        return [within(f"{name}{level}", self.ratio, factor, 0.15) for level, factor in measured]
+        return [
+            within(slug("steps_ratio", self.name, level), f"{name}{level}", self.ratio, factor, 0.15)
+            for level, factor in measured
+        ]
 
     def rows(self) -> list[tuple[str, float, str]]:
         """The factors, and the steps behind them."""

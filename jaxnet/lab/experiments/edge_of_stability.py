@@ -11,7 +11,7 @@ import optax
 
 from jaxnet import curvature, data, losses, nn, training
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.lab.record import Line, Panel, Record, Series, above, below, close, within
+from jaxnet.lab.record import Line, Panel, Record, Series, above, below, close, slug, within
 from jaxnet.learning_rate import stability
 
 QUESTION = "Does full-batch training drive curvature up to each optimizer's limit of stability, and hold it there?"
@@ -103,20 +103,32 @@ def run(*, seed: int = 0, num_examples: int = 500, width: int = 32, num_steps: i
         thresholds = _thresholds()
     claims = [
         *(
-            within(f"on a quadratic, {name}: the rate at which iterates begin to grow", *pair, 1e-6)
+            within(
+                slug("limit_on_quadratic", name),
+                f"on a quadratic, {name}: the rate at which iterates begin to grow",
+                *pair,
+                1e-6,
+            )
             for name, pair in thresholds.items()
         ),
         *(
-            within(f"{name}: ηλ over its limit, mean over the last third", 1, mean[name], tolerance)
+            within(slug("edge", name), f"{name}: ηλ over its limit, mean over the last third", 1, mean[name], tolerance)
             for name, tolerance in GATES.items()
         ),
         below(
+            "start_below_limits",
             f"all start below their limits: the largest at step {STEPS_A_CHECK}",
             1,
             max(r.ratio[0] for r in runs.values()),
         ),
-        above("RMSprop whose P moves faster, decay .9: the same, against decay .99", mean[SLOW], mean[FAST]),
+        above(
+            "faster_rmsprop_farther",
+            "RMSprop whose P moves faster, decay .9: the same, against decay .99",
+            mean[SLOW],
+            mean[FAST],
+        ),
         close(
+            "read_from_updates",
             "the same ratio read from each optimizer's own update, largest difference",
             0,
             max(abs(read[name] / runs[name].ratio[-1] - 1) for name in METHODS),

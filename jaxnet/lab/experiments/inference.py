@@ -42,10 +42,18 @@ def run(*, seed: int = 0) -> Record:
     units = ["H1", "H2", "H3", "O1", "O2"]
     values, summed = np.append(hidden, output), np.array([*hidden_by_hand, *output_by_hand])
     claims = [
-        close(f"{unit} of the slides, two digits", slide, value, 0.005)
+        close(f"unit_{unit.lower()}", f"{unit} of the slides, two digits", slide, value, 0.005)
         for unit, slide, value in zip(units, (0.13, 0.96, 0.40, 0.35, 0.85), values, strict=True)
     ]
-    claims.append(close("matrices against sums, largest difference", 0.0, np.abs(values - summed).max(), 1e-12))
+    claims.append(
+        close(
+            "matrices_against_sums",
+            "matrices against sums, largest difference",
+            0.0,
+            np.abs(values - summed).max(),
+            1e-12,
+        )
+    )
     panel = Panel(
         name="activations",
         title="Activations of the lectures' network at the input (.5, .9, −.3)",

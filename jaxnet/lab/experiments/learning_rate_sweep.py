@@ -13,7 +13,7 @@ import optax
 from jaxnet import data, learning_rate, losses, nn
 from jaxnet.contract import Array
 from jaxnet.lab._task import known
-from jaxnet.lab.record import Claim, Line, Panel, Record, Series, within
+from jaxnet.lab.record import Claim, Line, Panel, Record, Series, slug, within
 
 QUESTION = "Does training lose stability at the rate that theory predicts, whatever the update and the batch size?"
 
@@ -153,7 +153,13 @@ def _stochastic(size: int, problem: Problem, key: Array) -> dict[str, float]:
 
 
 def _claim(problem: str, method: str, row: dict[str, float]) -> Claim:
-    return within(f"{problem}, {method}: η where ω₀ loses stability", row["predicted"], row["measured"], 0.05)
+    return within(
+        slug("limit", problem, method),
+        f"{problem}, {method}: η where ω₀ loses stability",
+        row["predicted"],
+        row["measured"],
+        0.05,
+    )
 
 
 def _rows(problem: str, rows: dict[str, dict[str, float]]) -> list[tuple[str, float, str]]:

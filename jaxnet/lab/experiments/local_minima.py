@@ -10,7 +10,7 @@ import optax
 
 from jaxnet import losses, training
 from jaxnet.contract import Array
-from jaxnet.lab.record import Claim, Panel, Record, Series, close, within
+from jaxnet.lab.record import Claim, Panel, Record, Series, close, slug, within
 
 QUESTION = "Does a stochastic run leave a poor minimum in which the full batch stays?"
 
@@ -110,7 +110,9 @@ def _run(seed: int, num_examples: int, num_seeds: int, num_steps: int, num_timed
         },
         claims=[
             *counts.claims(1 / land.curvature, num_steps),
-            within("ln(η × mean time to leave) against 1/η: slope, Kramers' A", exponent, slope, 0.2),
+            within(
+                "kramers_exponent", "ln(η × mean time to leave) against 1/η: slope, Kramers' A", exponent, slope, 0.2
+            ),
         ],
         rows=[*_rows_of_landscape(batch, land), *counts.rows()],
         panels=[
@@ -143,14 +145,30 @@ class Counts(NamedTuple):
         n = self.num_runs
         width = QUANTILE * np.sqrt(self.predicted * (1 - self.predicted) / n)
         shares = zip(CLAIMED, self.predicted, self.left / n, width, strict=False)
-        whole = zip((*RATES, own_rate), self.whole_stays, strict=True)
+        rates = {**{slug("stays_at", rate): rate for rate in RATES}, "stays_at_inverse_curvature": own_rate}
+        whole = zip(rates.items(), self.whole_stays, strict=True)
         return [
-            *(close(f"full batch, η = {rate:.3g}: runs of {n} that stay", n, count, 0) for rate, count in whole),
             *(
-                close(f"stochastic, η = {rate}: share of {n} runs that leave in {num_steps} steps", p, share, w)
+                close(key, f"full batch, η = {rate:.3g}: runs of {n} that stay", n, count, 0)
+                for (key, rate), count in whole
+            ),
+            *(
+                close(
+                    slug("leaves_at", rate),
+                    f"stochastic, η = {rate}: share of {n} runs that leave in {num_steps} steps",
+                    p,
+                    share,
+                    w,
+                )
                 for rate, p, share, w in shares
             ),
-            close("stochastic, all rates: runs that stay in the good minimum", n * len(RATES), self.good_stays, 0),
+            close(
+                "good_minimum_stays",
+                "stochastic, all rates: runs that stay in the good minimum",
+                n * len(RATES),
+                self.good_stays,
+                0,
+            ),
         ]
 
     def rows(self) -> list[tuple[str, float, str]]:

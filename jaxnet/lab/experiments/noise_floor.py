@@ -114,9 +114,10 @@ def _limit(batch: ArrayTree, minimum: ArrayTree, batch_size: int, num_particles:
 def _limit_claims(limits: list[Limit]) -> list[Claim]:
     claims = []
     for limit in limits:
-        measured, name = limit.mean_square.limit, f"B = {limit.batch_size}"
-        claims.append(within(f"{name}: rate from which E|δ|² grows", limit.predicted, measured, 0.02))
-        claims.append(above(f"{name}: single trajectories fail only beyond it", measured, limit.single.limit))
+        measured, size = limit.mean_square.limit, limit.batch_size
+        grows, fail = f"B = {size}: rate from which E|δ|² grows", f"B = {size}: single trajectories fail only beyond it"
+        claims.append(within(f"mean_square_limit_b_{size}", grows, limit.predicted, measured, 0.02))
+        claims.append(above(f"single_limit_b_{size}", fail, measured, limit.single.limit))
     return claims
 
 
@@ -218,11 +219,16 @@ def _plateau_claims(plateaus: list[Plateau]) -> list[Claim]:
     for plateau in plateaus:
         ratio = plateau.independent / plateau.predicted
         worst = ratio[np.argmax(np.abs(ratio - 1))]
-        claims.append(within(f"B = {plateau.batch_size}: plateau over theory, the worst rate", 1.0, worst, 0.03))
+        name = f"B = {plateau.batch_size}: plateau over theory, the worst rate"
+        claims.append(within(f"plateau_b_{plateau.batch_size}", name, 1.0, worst, 0.03))
     errors = [max(plateau.standard_error / plateau.predicted) for plateau in plateaus]
-    claims.append(below("largest standard error of a plateau, relative", 0.015, max(errors)))
+    claims.append(below("plateau_error", "largest standard error of a plateau, relative", 0.015, max(errors)))
     slowest = max(plateau.reshuffled[0] / plateau.predicted[0] for plateau in plateaus)
-    claims.append(below("reshuffled epochs at the smallest rates, over theory: the largest", 1.0, slowest))
+    claims.append(
+        below(
+            "reshuffled_below_theory", "reshuffled epochs at the smallest rates, over theory: the largest", 1.0, slowest
+        )
+    )
     return claims
 
 
@@ -279,8 +285,14 @@ def _descents(batch: ArrayTree, minimum: ArrayTree, num_steps: int, keys: Array)
 
 def _descent_claims(found: Descents) -> list[Claim]:
     return [
-        within(f"η = {CONSTANT_RATE}, B = 1: keeps bouncing at this many E*", found.plateau, found.late, 0.03),
-        below("the rate falls: bounces at the end, in E*", 0.01, found.decaying[-10:].mean()),
+        within(
+            "constant_rate_bounces",
+            f"η = {CONSTANT_RATE}, B = 1: keeps bouncing at this many E*",
+            found.plateau,
+            found.late,
+            0.03,
+        ),
+        below("falling_rate_settles", "the rate falls: bounces at the end, in E*", 0.01, found.decaying[-10:].mean()),
     ]
 
 

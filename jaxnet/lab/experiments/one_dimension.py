@@ -7,7 +7,7 @@ import optax
 
 from jaxnet import curvature, learning_rate, training
 from jaxnet.contract import Array
-from jaxnet.lab.record import Panel, Record, Series, close
+from jaxnet.lab.record import Panel, Record, Series, close, slug
 
 QUESTION = "In one dimension, what does each learning rate do to the distance from the minimum?"
 
@@ -33,8 +33,8 @@ def _run(seed: int, a: float, num_steps: int) -> Record:
     sharp = curvature.sharpness(parabola, start, batch, key=jax.random.key(seed))
     optimum = float(learning_rate.optimal(sharp.value))
     claims = [
-        close("η_opt is the inverse of ∂²E/∂ω²", 1 / a, optimum, 1e-12),
-        close("η_max is 2η_opt", 2 / a, learning_rate.maximal(sharp.value), 1e-12),
+        close("optimal_rate", "η_opt is the inverse of ∂²E/∂ω²", 1 / a, optimum, 1e-12),
+        close("maximal_rate", "η_max is 2η_opt", 2 / a, learning_rate.maximal(sharp.value), 1e-12),
     ]
     series, factors = [], {}
     for ratio in RATIOS:
@@ -45,7 +45,7 @@ def _run(seed: int, a: float, num_steps: int) -> Record:
             errors.append(float(state.params) - MINIMUM)
         factor = errors[1] / errors[0]
         factors[str(ratio)] = factor
-        claims.append(close(f"error factor a step at {ratio} η_opt", 1 - ratio, factor, 1e-6))
+        claims.append(close(slug("factor_at", ratio), f"error factor a step at {ratio} η_opt", 1 - ratio, factor, 1e-6))
         series.append(
             Series(
                 f"η = {ratio} η_opt: × {1 - ratio:.2g} a step",
@@ -55,7 +55,9 @@ def _run(seed: int, a: float, num_steps: int) -> Record:
             )
         )
         if ratio == 2.0:
-            claims.append(close("at 2η_opt the error returns after two steps", errors[0], errors[2], 1e-6))
+            claims.append(
+                close("returns_at_2", "at 2η_opt the error returns after two steps", errors[0], errors[2], 1e-6)
+            )
     panel = Panel(
         name="error_against_step",
         title=f"Distance from the minimum of a parabola of curvature {a:g}, six rates",

@@ -47,20 +47,22 @@ def _run(seed: int, num_examples: int, width: int) -> Record:
         sizes.append(float(optax.tree.norm(whole)))
     slope = np.polyfit(np.log(rates[:4]), np.log(differences[:4]), 1)[0]
     claims = [
-        within("the difference falls as this power of η", 2.0, slope, 0.02),
+        within("power_of_rate", "the difference falls as this power of η", 2.0, slope, 0.02),
         close(
+            "mean_of_examples",
             "Σ g_n/N is the batch gradient, largest difference",
             0.0,
             _largest(optax.tree.sub(added, mean)),
             1e-12,
         ),
         within(
+            "spread_from_norms",
             "Σ|g_n − ḡ|²/(N−1) from the norms alone",
             (np.sum(norms**2) - n * mean_squared) / (n - 1),
             spread,
             1e-9,
         ),
-        within("mean of |g_n| cos(g_n, ḡ) is |ḡ|", mean_squared**0.5, np.mean(norms * cosines), 1e-9),
+        within("cosines", "mean of |g_n| cos(g_n, ḡ) is |ḡ|", mean_squared**0.5, np.mean(norms * cosines), 1e-9),
     ]
     return Record(
         name="one_epoch",

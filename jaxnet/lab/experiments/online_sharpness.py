@@ -203,17 +203,21 @@ def _claims_on_all(predicted: np.ndarray, measured: np.ndarray) -> list[Claim]:
     name = f"on all examples, γ = {FULL_GAMMA}"
     return [
         close(
-            f"{name}: updates to within 10 %, from the spectrum", _settled(predicted, 0.1), _settled(measured, 0.1), 1
+            "updates_to_tenth",
+            f"{name}: updates to within 10 %, from the spectrum",
+            _settled(predicted, 0.1),
+            _settled(measured, 0.1),
+            1,
         ),
-        close(f"{name}: largest relative difference from the spectrum's ‖Ψ‖", 0, apart, 0.01),
+        close("spectrum_predicts", f"{name}: largest relative difference from the spectrum's ‖Ψ‖", 0, apart, 0.01),
     ]
 
 
 def _claims_settled(values: np.ndarray, deviation: float) -> list[Claim]:
     name = f"p = {SETTLED[0]}, γ = {SETTLED[1]}, from the eigenvector on: ‖Ψ‖/λ_max"
     return [
-        within(f"{name}, standard deviation", deviation, values.std(), 0.2),
-        close(f"{name}, mean", 1, values.mean(), 0.01),
+        within("settled_deviation", f"{name}, standard deviation", deviation, values.std(), 0.2),
+        close("settled_mean", f"{name}, mean", 1, values.mean(), 0.01),
     ]
 
 
@@ -221,8 +225,10 @@ def _claims_of_cost(exact: Estimates, online: dict[Setting, Estimates]) -> list[
     rough = online[SETTINGS[0]].to(0.2) / exact.to(0.2)
     fine = min(estimates.to(0.01) for estimates in online.values()) / exact.to(0.01)
     return [
-        below("to within 20 %: gradients on-line, p = 10, γ = 0.1, over those of Lanczos", 1, rough),
-        above("to within 1 %: least gradients on-line over those of Lanczos", 1, fine),
+        below(
+            "rough_over_lanczos", "to within 20 %: gradients on-line, p = 10, γ = 0.1, over those of Lanczos", 1, rough
+        ),
+        above("fine_over_lanczos", "to within 1 %: least gradients on-line over those of Lanczos", 1, fine),
     ]
 
 
@@ -273,11 +279,23 @@ class Training(NamedTuple):
         best, best_noisy = MULTIPLES[np.argmin(whole)], MULTIPLES[np.argmin(noisy)]
         late = self.ratios[len(self.ratios) // 2 :]
         return [
-            below("full batch at 1/‖Ψ‖: E in the end over that at the start", 0.2, at(1) / self.losses[0, 0]),
-            close("full batch: log₂ of the best multiple of 1/‖Ψ‖", 0.5, np.log2(best), 0.5),
-            above("full batch: E in the end at 4/‖Ψ‖ over that at 1/‖Ψ‖", 1, at(4) / at(1)),
-            close("full batch at 1/‖Ψ‖: mean of ‖Ψ‖/λ_max over the second half", 1, late.mean(), 0.2),
-            below(f"steps on {TRAINED[0]} examples: their best multiple is below the full batch's", best, best_noisy),
+            below(
+                "inverse_estimate_trains",
+                "full batch at 1/‖Ψ‖: E in the end over that at the start",
+                0.2,
+                at(1) / self.losses[0, 0],
+            ),
+            close("best_multiple", "full batch: log₂ of the best multiple of 1/‖Ψ‖", 0.5, np.log2(best), 0.5),
+            above("four_worse_than_one", "full batch: E in the end at 4/‖Ψ‖ over that at 1/‖Ψ‖", 1, at(4) / at(1)),
+            close(
+                "tracks_sharpness", "full batch at 1/‖Ψ‖: mean of ‖Ψ‖/λ_max over the second half", 1, late.mean(), 0.2
+            ),
+            below(
+                "best_multiple_of_noisy_steps",
+                f"steps on {TRAINED[0]} examples: their best multiple is below the full batch's",
+                best,
+                best_noisy,
+            ),
         ]
 
     def tracking_panel(self) -> Panel:

@@ -39,11 +39,20 @@ def run(*, seed: int = 0, num_train: int = 100, num_epochs: int = 1500) -> Recor
     held_losses, train_losses = history.validation["loss"], history.metrics["loss"]
     test_at = lambda p: float(loss(p, test))
     claims = [
-        below("training loss at the end", 1e-3, train_losses[-1]),
-        above("held-out loss at the end, over its minimum", 1.1, held_losses[-1] / held_losses.min()),
-        close("early stopping keeps the minimum of the held-out loss", held_losses.min(), early.best.loss, 1e-6),
-        below("early stopping ends before the long run: its epochs", num_epochs, early.stopped.epoch),
+        below("training_loss", "training loss at the end", 1e-3, train_losses[-1]),
+        above("held_out_rise", "held-out loss at the end, over its minimum", 1.1, held_losses[-1] / held_losses.min()),
+        close(
+            "early_stop_keeps_minimum",
+            "early stopping keeps the minimum of the held-out loss",
+            held_losses.min(),
+            early.best.loss,
+            1e-6,
+        ),
         below(
+            "early_stop_epoch", "early stopping ends before the long run: its epochs", num_epochs, early.stopped.epoch
+        ),
+        below(
+            "early_stop_test_loss",
             "test loss of what it keeps, against the end's",
             test_at(long.state.params),
             test_at(early.best.params),

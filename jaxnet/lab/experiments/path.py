@@ -8,7 +8,7 @@ import optax
 from jaxnet import curvature, data, learning_rate, training
 from jaxnet.contract import Array
 from jaxnet.lab.experiments.two_gaussians import minimum_of_weights, weights_only
-from jaxnet.lab.record import Claim, Contours, Panel, Record, Series, below, close
+from jaxnet.lab.record import Claim, Contours, Panel, Record, Series, below, close, slug
 
 QUESTION = "How do too small, optimal and too large rates move over the level lines of E, for three batch sizes?"
 
@@ -47,7 +47,7 @@ def _run(seed: int, num_steps: int, num_runs: int, num_examples: int) -> Record:
     rows = []
     for ratio, (predicted, measured) in steps.items():
         name = f"full batch, {ratio} η_opt: steps to E − E* = {TOLERANCE} (E₀ − E*)"
-        claims.append(close(name, predicted, measured, 0.5))
+        claims.append(close(slug("steps_at", ratio), name, predicted, measured, 0.5))
         rows.append((name, measured, "in one dimension 1 is best; here the shallow direction decides"))
     panels = [_panel("full_batch", FINDINGS[None], batch, {r: full[r][: num_steps + 1] for r in RATIOS})]
     for size in BATCH_SIZES:
@@ -100,7 +100,13 @@ def _full_batch_claims(batch: Batch, path: np.ndarray, ratio: float) -> list[Cla
     values, vectors = np.linalg.eigh(hessian)
     before, after = (path[:2] - minimum) @ vectors
     return [
-        close(f"full batch, {ratio} η_opt: factor a step along the {name} direction", 1 - ratio * share, factor, 1e-9)
+        close(
+            slug("factor", name, "at", ratio),
+            f"full batch, {ratio} η_opt: factor a step along the {name} direction",
+            1 - ratio * share,
+            factor,
+            1e-9,
+        )
         for name, share, factor in zip(("shallow", "steep"), values / values[-1], after / before, strict=True)
     ]
 
@@ -148,11 +154,19 @@ def _noisy(
         deviations.append(np.abs(runs.mean(axis=0) - full[ratio][1 : MOMENT_STEPS + 1]) / error(runs))
         excess = _excess(runs[:, -1], batch)
         name = f"B = {size}, {ratio} η_opt: mean of E − E* after {MOMENT_STEPS} steps"
-        claims.append(close(name, _mean_excess(batch, start, rate, size), excess.mean(), 5 * error(excess)))
+        claims.append(
+            close(
+                slug("mean_excess_b", size, "at", ratio),
+                name,
+                _mean_excess(batch, start, rate, size),
+                excess.mean(),
+                5 * error(excess),
+            )
+        )
         growth = np.abs(np.linalg.eigvals(_second_moment(_steps(batch)[:, :2, :2], rate, size))).max()
         rows.append((f"B = {size}, {ratio} η_opt: factor a step of the mean of E, in the end", float(growth), "ρ(T)"))
     name = f"B = {size}: from the full batch's path to the mean of {len(keys)}, in standard errors"
-    return [*claims, below(name, 5, np.max(deviations))], rows
+    return [*claims, below(f"mean_path_b_{size}", name, 5, np.max(deviations))], rows
 
 
 def _mean_excess(batch: Batch, start: Array, rate: float, batch_size: int) -> float:

@@ -169,12 +169,14 @@ def _identities(batch: Batch, key: Array) -> list[Claim]:
     one, ten = gradient(start, batch), gradient(start, copies)
     return [
         close(
+            "cyclic_epoch_of_copies",
             "an epoch over 10 copies less 10 epochs over one, in cyclic order",
             0,
             jnp.abs(end(copies, 1) - end(batch, 10)).max(),
             0,
         ),
         close(
+            "batch_gradient_of_copies",
             "batch gradient of 10 copies less that of one, relative",
             0,
             jnp.abs(ten - one).max() / jnp.abs(one).max(),
@@ -210,12 +212,27 @@ def _ratio_claims(medians: dict[str, np.ndarray], copies: tuple[int, ...]) -> li
     at = lambda name, times, tolerance: medians[name][copies.index(times), TOLERANCES.index(tolerance)]
     grows = f"{GENERAL}: the ratio grows as this power of the copies, to"
     return [
-        close(f"{grows} 1.25 E*", 1, _power(medians, copies, 0.25), 0.1),
-        close(f"{grows} 1.05 E*", 1, _power(medians, copies, 0.05), 0.1),
-        above(f"10 copies, {GENERAL}, to 1.25 E*: at least 10 times slower", 10, at(GENERAL, 10, 0.25)),
-        above(f"10 copies, {GENERAL}, to 1.05 E*: at least 10 times slower", 10, at(GENERAL, 10, 0.05)),
-        below(f"10 copies, {ZERO}, to 1.05 E*: it is less than 10 times slower", 10, at(ZERO, 10, 0.05)),
-        below(f"one copy, {ZERO}, to 1.01 E*: it is faster", 1, at(ZERO, 1, 0.01)),
+        close("power_of_copies_to_1_25", f"{grows} 1.25 E*", 1, _power(medians, copies, 0.25), 0.1),
+        close("power_of_copies_to_1_05", f"{grows} 1.05 E*", 1, _power(medians, copies, 0.05), 0.1),
+        above(
+            "ten_copies_to_1_25",
+            f"10 copies, {GENERAL}, to 1.25 E*: at least 10 times slower",
+            10,
+            at(GENERAL, 10, 0.25),
+        ),
+        above(
+            "ten_copies_to_1_05",
+            f"10 copies, {GENERAL}, to 1.05 E*: at least 10 times slower",
+            10,
+            at(GENERAL, 10, 0.05),
+        ),
+        below(
+            "ten_copies_from_zero_to_1_05",
+            f"10 copies, {ZERO}, to 1.05 E*: it is less than 10 times slower",
+            10,
+            at(ZERO, 10, 0.05),
+        ),
+        below("one_copy_from_zero_to_1_01", f"one copy, {ZERO}, to 1.01 E*: it is faster", 1, at(ZERO, 1, 0.01)),
     ]
 
 

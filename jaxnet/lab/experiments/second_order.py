@@ -13,7 +13,7 @@ from jax.scipy.sparse.linalg import cg
 from jaxnet import curvature, data, losses, nn
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.lab.experiments.two_gaussians import minimum_of_weights, weights_only
-from jaxnet.lab.record import Claim, Panel, Record, Series, above, below, close
+from jaxnet.lab.record import Claim, Panel, Record, Series, above, below, close, slug
 
 QUESTION = "What do second-order methods, which need the full batch, gain over gradient descent and single examples?"
 
@@ -239,7 +239,13 @@ def _quadratic_claims(key: Array) -> list[Claim]:
     step, _ = cg(curvature.hessian(weights_only, start, batch), gradient(start, batch), tol=0.0, maxiter=2)
     distance = start - step - minimum_of_weights(batch)
     return [
-        close("Newton on a quadratic: distance from the minimum after one step", 0, optax.tree.norm(distance), 1e-12)
+        close(
+            "newton_on_quadratic",
+            "Newton on a quadratic: distance from the minimum after one step",
+            0,
+            optax.tree.norm(distance),
+            1e-12,
+        )
     ]
 
 
@@ -248,20 +254,33 @@ def _claims(races: dict[float, Race], powers: dict[str, float]) -> list[Claim]:
     plain, quasi, *_ = shown.costs(1e-6).values()
     *others, single = shown.costs(0.1).values()
     meanwhile = shown.single.gap[shown.single.cost <= plain].min()
-    orders = [close(f"Newton, α = {a:g}: order of convergence", 2, race.order(), 0.15) for a, race in races.items()]
+    orders = [
+        close(slug("newton_order", a), f"Newton, α = {a:g}: order of convergence", 2, race.order(), 0.15)
+        for a, race in races.items()
+    ]
     of_descent, of_lbfgs, of_newton = powers.values()
     beyond = shown.descent[-1].gap[-1]
     return [
         *orders,
-        above("gradient descent at 1.05 × 2/λ_max of the minimum: E − E* in the end", 1e-6, beyond),
-        close("gradient descent: gradients to 1e-6 grow as this power of κ", 1, of_descent, 0.25),
-        below("L-BFGS: as this power, of the conjugate gradients' bound √κ", 0.5, of_lbfgs),
-        below("Newton–CG: as this power", 0.5, of_newton),
-        below(f"α = {SHOWN}, to 1e-6: gradients of L-BFGS over those of gradient descent", 0.5, quasi / plain),
-        below(
-            f"α = {SHOWN}, to 0.1: gradients of single examples over the least of the others", 1, single / min(others)
+        above(
+            "descent_beyond_limit", "gradient descent at 1.05 × 2/λ_max of the minimum: E − E* in the end", 1e-6, beyond
         ),
-        above("single examples: least E − E* while gradient descent goes to 1e-6", 1e-6, meanwhile),
+        close("power_of_descent", "gradient descent: gradients to 1e-6 grow as this power of κ", 1, of_descent, 0.25),
+        below("power_of_lbfgs", "L-BFGS: as this power, of the conjugate gradients' bound √κ", 0.5, of_lbfgs),
+        below("power_of_newton", "Newton–CG: as this power", 0.5, of_newton),
+        below(
+            "lbfgs_over_descent",
+            f"α = {SHOWN}, to 1e-6: gradients of L-BFGS over those of gradient descent",
+            0.5,
+            quasi / plain,
+        ),
+        below(
+            "single_over_others",
+            f"α = {SHOWN}, to 0.1: gradients of single examples over the least of the others",
+            1,
+            single / min(others),
+        ),
+        above("single_floor", "single examples: least E − E* while gradient descent goes to 1e-6", 1e-6, meanwhile),
     ]
 
 

@@ -40,16 +40,22 @@ def _run(seed: int, num_examples: int, num_steps: int, num_draws: int) -> Record
     full = _eigenvalues(WITH_BIAS, params, batch, key)
     draws = _draws(key, num_examples, num_draws)
     claims = [
-        close("λ_max of the weights' block", 0.84, block[0], 1e-10),
-        close("λ_min of the weights' block", 0.04, block[-1], 1e-10),
-        close("λ_max with the bias", 1.0, full[0], 1e-10),
-        close("λ_max of the block, mean over random draws", 0.84, draws.mean(), 4 * draws.std() / num_draws**0.5),
+        close("largest_of_block", "λ_max of the weights' block", 0.84, block[0], 1e-10),
+        close("smallest_of_block", "λ_min of the weights' block", 0.04, block[-1], 1e-10),
+        close("largest_with_bias", "λ_max with the bias", 1.0, full[0], 1e-10),
+        close(
+            "largest_over_draws",
+            "λ_max of the block, mean over random draws",
+            0.84,
+            draws.mean(),
+            4 * draws.std() / num_draws**0.5,
+        ),
         *_growth_claims(kernel, params, batch),
     ]
     paths = {rate: _descend(weights_only, kernel, batch, rate, num_steps) for rate in RATES}
     biased = {rate: _descend(WITH_BIAS, params, batch, rate, num_steps) for rate in RATES}
     stochastic, errors = _stochastic(kernel, batch, key)
-    claims.append(below("stochastic at η = .2 trains: E after 10 epochs", errors[0], errors[-1]))
+    claims.append(below("stochastic_trains", "stochastic at η = .2 trains: E after 10 epochs", errors[0], errors[-1]))
     return Record(
         name="two_gaussians",
         question=QUESTION,
@@ -140,13 +146,25 @@ def _growth_claims(kernel: Array, params: Any, batch: Any) -> list[Claim]:
     whole = lambda rate: _growth(WITH_BIAS, params, batch, rate)
     factor = lambda rate, *eigenvalues: max((1 - rate * value) ** 2 for value in eigenvalues)
     return [
-        within("η = 1.5, weights only: factor of E − E*", factor(1.5, 0.04, 0.84), block(1.5), 1e-3),
-        within("η = 2.5, weights only: factor of E − E*", 1.21, block(2.5), 1e-3),
-        within("η = 2.5, with the bias", 2.25, whole(2.5), 1e-3),
-        below("η = 2.2, weights only, dies", 1.0, block(2.2)),
-        above("η = 2.2, 'admissible' by the block, with the bias grows", 1.0, whole(2.2)),
-        within("η = .2 × 100 = 20 as a batch rate, weights only", factor(20, 0.84), block(20.0), 1e-3),
-        within("η = 20 as a batch rate, with the bias", 361.0, whole(20.0), 1e-3),
+        within(
+            "growth_of_block_at_1_5",
+            "η = 1.5, weights only: factor of E − E*",
+            factor(1.5, 0.04, 0.84),
+            block(1.5),
+            1e-3,
+        ),
+        within("growth_of_block_at_2_5", "η = 2.5, weights only: factor of E − E*", 1.21, block(2.5), 1e-3),
+        within("growth_with_bias_at_2_5", "η = 2.5, with the bias", 2.25, whole(2.5), 1e-3),
+        below("growth_of_block_at_2_2", "η = 2.2, weights only, dies", 1.0, block(2.2)),
+        above("growth_with_bias_at_2_2", "η = 2.2, 'admissible' by the block, with the bias grows", 1.0, whole(2.2)),
+        within(
+            "growth_of_block_at_20",
+            "η = .2 × 100 = 20 as a batch rate, weights only",
+            factor(20, 0.84),
+            block(20.0),
+            1e-3,
+        ),
+        within("growth_with_bias_at_20", "η = 20 as a batch rate, with the bias", 361.0, whole(20.0), 1e-3),
     ]
 
 

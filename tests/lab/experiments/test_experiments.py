@@ -1,5 +1,6 @@
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ def test_every_claim_holds_and_the_record_is_whole(name):
     assert found.name == name
     assert len(found.claims) >= 4
     assert [claim.name for claim in found.claims if not claim.passed] == []
+    assert [claim.key for claim in found.claims if not re.fullmatch("[a-z][a-z0-9]*(_[a-z0-9]+)*", claim.key)] == []
     assert found.panels
     plain = json.loads(found.to_json())
     assert plain["versions"]["jaxnet"]
