@@ -79,7 +79,7 @@ class Problem:
         return self._row("Hessian product / gradient", side_by_side(contenders, 99), 1.8)
 
     def solver(self):
-        @jax.jit
+        @jax.jit  # The products alone are the baseline: a loop of nothing else.
         def products(params, batch, v, count):
             op = curvature.hessian(LOSS, params, batch)
             unit = lambda v: optax.tree.scale(1 / optax.tree.norm(v), v)
@@ -168,14 +168,14 @@ def _checks(problem, count=30, every=10):
     tracker = curvature.track(LOSS, problem.batch, key=KEY, every=every)
 
     @jax.jit
-    def descend(carry, _):
+    def descend(carry, batch):
         params, track = carry
-        params = optax.tree.add_scale(params, -1 / track.sharpness.value, jax.grad(LOSS)(params, problem.batch))
+        params = optax.tree.add_scale(params, -1 / track.sharpness.value, jax.grad(LOSS)(params, batch))
         track = tracker.update(track, params)
         return (params, track), track.num_matvecs
 
     begin = tracker.init(problem.params)
-    _, spent = lax.scan(descend, (problem.params, begin), length=count * every)
+    _, spent = training.trajectory(descend, (problem.params, begin), problem.batch, num_steps=count * every)
     return np.diff(spent[every - 1 :: every], prepend=begin.num_matvecs).tolist()
 
 

@@ -117,14 +117,9 @@ def best_constant(loss, params, batch):
 def follow(loss, params, batch, fraction, key):
     """The loss before each step, and the products spent by then."""
     optimizer = sharpness_sgd(key=key, fraction=fraction)
-
-    def step(carry, _):
-        params, state = carry
-        value, grads = jax.value_and_grad(loss)(params, batch)
-        updates, state = optimizer.update(grads, state, params, value_fn=lambda p: loss(p, batch))
-        return (optax.apply_updates(params, updates), state), (value, state[0].num_matvecs)
-
-    values, products = jax.lax.scan(step, (params, optimizer.init(params)), None, length=MOST)[1]
+    update, state = training.make_update(loss, optimizer), training.init_state(params, optimizer)
+    spent = lambda state, metrics: (metrics["loss"], state.opt_state[0].num_matvecs)
+    values, products = training.trajectory(update, state, batch, num_steps=MOST, observe=spent)[1]
     return values, jnp.append(0, products[:-1])
 
 

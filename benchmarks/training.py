@@ -84,7 +84,7 @@ class Case:
         ).state.params
 
     @functools.cached_property
-    def _scan(self):
+    def _scan(self):  # By hand, as the baseline that is raced; so is `loop`.
         def step(params, rows):
             batch = jax.tree.map(lambda x: x[rows], self.batch)
             value, grads = jax.value_and_grad(self.loss)(params, batch)

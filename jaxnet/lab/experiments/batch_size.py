@@ -159,7 +159,7 @@ def _noise_along(params: Any, batch: Any, target: float, key: Array) -> list[flo
         return found, after, LOSS(params, batch)
 
     scales: list[float] = []
-    for step in range(200):
+    for step in range(200):  # On the host, which looks at each step whether the target is reached.
         found, after, value = look(params, jax.random.fold_in(key, step))
         if value <= target:
             break
@@ -174,20 +174,19 @@ def _first_steps(params: Any, batch: Any, rates: Array, keys: Array, target: flo
     every = max(1, 64 // size)
 
     def one_run(rate: Array, key: Array) -> Array:
-        def step(i: Array, params: Any) -> Any:
+        def error_of(params: Any, i: Array) -> Array:
             rows = jax.random.randint(jax.random.fold_in(key, i), (size,), 0, len(batch[1]))
-            gradient = jax.grad(LOSS)(params, jax.tree.map(lambda x: x[rows], batch))
-            return jax.tree.map(lambda p, g: p - rate * g, params, gradient)
+            return LOSS(params, jax.tree.map(lambda x: x[rows], batch))
 
         def some(carry: Any) -> Any:
-            params, done, _ = carry
-            params = jax.lax.fori_loop(done, done + every, step, params)
-            return params, done + every, LOSS(params, batch)
+            state, _ = training.trajectory(update, carry[0], carry[0].step + jnp.arange(every))
+            return state, LOSS(state.params, batch)
 
-        goes_on = lambda carry: (carry[1] < most) & (carry[2] > target)
-        start = (params, jnp.zeros((), jnp.int32), LOSS(params, batch))
-        _, done, value = jax.lax.while_loop(goes_on, some, start)
-        return jnp.where(value <= target, done, most)
+        optimizer = optax.sgd(rate)
+        update, start = training.make_update(error_of, optimizer), training.init_state(params, optimizer)
+        goes_on = lambda carry: (carry[0].step < most) & (carry[1] > target)
+        state, value = jax.lax.while_loop(goes_on, some, (start, LOSS(params, batch)))
+        return jnp.where(value <= target, state.step, most)
 
     return jax.vmap(lambda rate: jax.lax.map(lambda key: one_run(rate, key), keys))(rates)
 
@@ -232,7 +231,7 @@ def _excess(minimum: Any, batch: Any, rate: float, keys: Array, distinct: int, c
             gradient = jax.grad(WITH_BIAS)(params, jax.tree.map(lambda x: x[rows], batch))
             return jax.tree.map(lambda p, g: p - rate * g, params, gradient), WITH_BIAS(params, batch) - floor
 
-        return jax.lax.scan(step, minimum, jax.random.split(key, 1100))[1][100:].mean()
+        return training.trajectory(step, minimum, jax.random.split(key, 1100))[1][100:].mean()
 
     return jax.lax.map(one_run, keys, batch_size=100)
 

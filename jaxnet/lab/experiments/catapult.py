@@ -136,14 +136,9 @@ def _curvature(params: ArrayTree, batch: Any) -> Array:
 def _trained(params: ArrayTree, batch: Any, rates: Array, num_steps: int) -> tuple[Array, Array]:
     def one(rate: Array) -> tuple[Array, Array]:
         optimizer = optax.sgd(rate)
-        update = training.make_update(LOSS, optimizer)
-
-        def step(state: training.TrainState, _: None) -> tuple[training.TrainState, Array]:
-            state, metrics = update(state, batch)
-            return state, metrics["loss"]
-
-        state, values = jax.lax.scan(step, training.init_state(params, optimizer), None, length=num_steps)
-        return jnp.append(values, LOSS(state.params, batch)), _curvature(state.params, batch)
+        update, state = training.make_update(LOSS, optimizer), training.init_state(params, optimizer)
+        state, metrics = training.trajectory(update, state, batch, num_steps=num_steps)
+        return jnp.append(metrics["loss"], LOSS(state.params, batch)), _curvature(state.params, batch)
 
     return jax.lax.map(one, rates)
 
@@ -169,7 +164,7 @@ def _one_example(width: int, key: Array, num_steps: int) -> tuple[np.ndarray, np
     runs = _descend(params, example, start, num_steps)
     f, value = np.full_like(rates, output), np.full_like(rates, start)
     with np.errstate(over="ignore", invalid="ignore"):
-        for _ in range(num_steps):
+        for _ in range(num_steps):  # A recurrence of two numbers: there is nothing to train.
             f, value = (
                 f * (1 - rates * value + rates**2 * f**2 / width),
                 value + rates * f**2 * (rates * value - 4) / width,
@@ -185,12 +180,12 @@ def _follow(params: ArrayTree, batch: Any, rates: Array, key: Array) -> tuple[Ar
         optimizer = optax.sgd(rate)
         update = training.make_update(LOSS, optimizer)
 
-        def step(state: training.TrainState, _: None) -> tuple[training.TrainState, tuple[Array, Array]]:
+        def step(state: training.TrainState, batch: Any) -> tuple[training.TrainState, tuple[Array, Array]]:
             top = curvature.eigsh(curvature.hessian(LOSS, state.params, batch), key=key).values[0]
             state, metrics = update(state, batch)
             return state, (metrics["loss"], top)
 
-        return jax.lax.scan(step, training.init_state(params, optimizer), None, length=STEPS_DRAWN)[1]
+        return training.trajectory(step, training.init_state(params, optimizer), batch, num_steps=STEPS_DRAWN)[1]
 
     return jax.lax.map(one, rates)
 

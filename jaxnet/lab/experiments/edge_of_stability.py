@@ -157,22 +157,18 @@ def _follow(loss: Loss, params: ArrayTree, batch: Any, method: Method, num_steps
     optimizer = method.make(method.rate)
     update = training.make_update(loss, optimizer)
 
-    def step(state: training.TrainState, _: None) -> tuple[training.TrainState, Array]:
-        state, metrics = update(state, batch)
-        return state, metrics["loss"]
-
     def check(carry: tuple[training.TrainState, ArrayTree], key: Array) -> tuple[Any, tuple[Array, Array]]:
         state, start = carry
-        state, values = jax.lax.scan(step, state, None, length=STEPS_A_CHECK)
+        state, metrics = training.trajectory(update, state, batch, num_steps=STEPS_A_CHECK)
         preconditioner = method.preconditioner(state.opt_state, state.params)
         op = curvature.precondition(curvature.hessian(loss, state.params, batch), preconditioner)
         # At the edge the largest two are close: both are followed, so that neither hides the other.
         top = curvature.eigsh(op, 2, key=key, tol=1e-2, v0=start)
-        return (state, jax.tree.map(lambda x: x.sum(axis=0), top.vectors)), (values, top.values[0])
+        return (state, jax.tree.map(lambda x: x.sum(axis=0), top.vectors)), (metrics["loss"], top.values[0])
 
     begin = (training.init_state(params, optimizer), jax.tree.map(jnp.zeros_like, params))
     keys = jax.random.split(key, num_steps // STEPS_A_CHECK)
-    (state, _), (values, sharpness) = jax.jit(functools.partial(jax.lax.scan, check))(begin, keys)
+    (state, _), (values, sharpness) = jax.jit(functools.partial(training.trajectory, check))(begin, keys)
     return Run(method.rate * np.asarray(sharpness) / method.limit, np.asarray(values).ravel(), state)
 
 
@@ -224,15 +220,9 @@ def _begins_to_grow(make: Make, prepare: Callable[[Any], Any], start: Array, row
     @jax.jit
     def grows(rate: Array) -> Array:
         optimizer = make(rate)
-        update = training.make_update(parabola, optimizer)
-
-        def step(state: training.TrainState, _: None) -> tuple[training.TrainState, Array]:
-            state = update(state, rows)[0]
-            return state, optax.tree.norm(state.params)
-
-        state = training.init_state(start, optimizer)
-        begin = state._replace(opt_state=prepare(state.opt_state))
-        sizes = jax.lax.scan(step, begin, None, length=1000)[1]
+        update, state = training.make_update(parabola, optimizer), training.init_state(start, optimizer)
+        begin, size = state._replace(opt_state=prepare(state.opt_state)), lambda state, _: optax.tree.norm(state.params)
+        sizes = training.trajectory(update, begin, rows, num_steps=1000, observe=size)[1]
         # By then what dies out has died out; what grows soon leaves a neighbourhood of 0.
         return (sizes[-1] > sizes[-101]) | jnp.any(sizes > 1e-6)
 

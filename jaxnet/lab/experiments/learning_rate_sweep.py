@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnet import data, learning_rate, losses, nn
+from jaxnet import data, learning_rate, losses, nn, training
 from jaxnet.contract import Array
 from jaxnet.lab._task import known
 from jaxnet.lab.record import Claim, Line, Panel, Record, Series, slug, within
@@ -126,7 +126,7 @@ def _warm_state(loss: Any, params: Any, batch: Any, make: Callable[[Any], Any], 
         return optimizer.update(gradient, state, params)[1], None
 
     at_rest = optimizer.init(params)
-    moments = jax.lax.scan(step, at_rest, jax.random.split(key, 1500))[0]
+    moments, _ = training.trajectory(step, at_rest, jax.random.split(key, 1500))
     momenta = ("mu", "trace")
     return jax.tree_util.tree_map_with_path(
         lambda path, rest, moved: rest if any(getattr(part, "name", None) in momenta for part in path) else moved,

@@ -256,7 +256,7 @@ def stochastic(
 
         rows = jax.random.randint(key, (num_steps,), 0, len(batch[0]))
         carry = training.init_state(start, optimizer), jnp.array(True), jnp.zeros((), jnp.int32)
-        (state, inside, steps), _ = jax.lax.scan(step, carry, rows)
+        (state, inside, steps), _ = training.trajectory(step, carry, rows)
         return state.params, inside, steps
 
     over_starts = jax.vmap(one, in_axes=(None, 0, 0))
@@ -269,9 +269,8 @@ def full_batch(batch: Batch, starts: Array, rates: Array, num_steps: int) -> Arr
 
     def one(rate: Array, start: Array) -> Array:
         optimizer = optax.sgd(rate)
-        update = training.make_update(error, optimizer)
-        step = lambda state, _: (update(state, batch)[0], None)
-        return jax.lax.scan(step, training.init_state(start, optimizer), None, length=num_steps)[0].params
+        update, state = training.make_update(error, optimizer), training.init_state(start, optimizer)
+        return training.trajectory(update, state, batch, num_steps=num_steps)[0].params
 
     return jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))(rates, starts)
 

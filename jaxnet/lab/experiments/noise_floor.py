@@ -136,20 +136,16 @@ def _excess_along(
 
     def chain(rate: Array, key: Array) -> Array:
         optimizer = make_optimizer(rate)
-        update = training.make_update(LOSS, optimizer)
+        error_of = lambda params, rows: LOSS(params, jax.tree.map(lambda x: x[rows], batch))
+        between_looks = functools.partial(training.trajectory, training.make_update(error_of, optimizer))
+        excess = lambda state, _: LOSS(state.params, batch) - floor
 
-        def step(state: Any, rows: Array) -> tuple[Any, None]:
-            return update(state, jax.tree.map(lambda x: x[rows], batch))[0], None
-
-        def look(state: Any, rows: Array) -> tuple[Any, Array]:
-            state, _ = jax.lax.scan(step, state, rows)
-            return state, LOSS(state.params, batch) - floor
-
-        def epoch(state: Any, number: Array) -> tuple[Any, Array]:
-            return jax.lax.scan(look, state, order(key, number, n).reshape(looks, -1, batch_size))
+        def epoch(state: training.TrainState, number: Array) -> tuple[training.TrainState, Array]:
+            rows = order(key, number, n).reshape(looks, -1, batch_size)
+            return training.trajectory(between_looks, state, rows, observe=excess)
 
         state = training.init_state(start, optimizer)
-        return jax.lax.scan(epoch, state, jnp.arange(num_epochs))[1].reshape(-1)
+        return training.trajectory(epoch, state, jnp.arange(num_epochs))[1].reshape(-1)
 
     return jax.vmap(jax.vmap(chain, in_axes=(None, 0)), in_axes=(0, None))(rates, keys)
 

@@ -38,11 +38,10 @@ def _run(seed: int, a: float, num_steps: int) -> Record:
     ]
     series, factors = [], {}
     for ratio in RATIOS:
-        update = training.make_update(parabola, optax.sgd(ratio * optimum))
-        state, errors = training.init_state(start, optax.sgd(ratio * optimum)), [1.0]
-        for _ in range(num_steps):
-            state, _ = update(state, batch)
-            errors.append(float(state.params) - MINIMUM)
+        optimizer = optax.sgd(ratio * optimum)
+        update, state = training.make_update(parabola, optimizer), training.init_state(start, optimizer)
+        error = lambda state, _: state.params - MINIMUM
+        errors = [1.0, *training.trajectory(update, state, batch, num_steps=num_steps, observe=error)[1].tolist()]
         factor = errors[1] / errors[0]
         factors[str(ratio)] = factor
         claims.append(close(slug("factor_at", ratio), f"error factor a step at {ratio} η_opt", 1 - ratio, factor, 1e-6))

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from jaxnet import curvature, data, losses, nn
+from jaxnet import curvature, data, losses, nn, training
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.lab.record import Claim, Line, Panel, Record, Series, above, below, close, within
 
@@ -151,7 +151,7 @@ def estimate(
     def one(start: ArrayTree, key: Array) -> Array:
         rows = jax.random.randint(key, (num_updates, size), 0, len(batch[1]))
         step = lambda state, row: psi.update(state, params, jax.tree.map(lambda x: x[row], batch))
-        return jax.lax.scan(step, start, rows)[1]
+        return training.trajectory(step, start, rows)[1]
 
     return jax.vmap(one)(starts, keys)
 
@@ -160,8 +160,8 @@ def estimate(
 def on_all(loss: Loss, params: ArrayTree, batch: Batch, key: Array) -> Array:
     """‖Ψ‖ after each update on all of the data."""
     psi = curvature.online_sharpness(loss, gamma=FULL_GAMMA)
-    step = lambda state, _: psi.update(state, params, batch)
-    return jax.lax.scan(step, psi.init(params, key=key), None, length=FULL_UPDATES)[1]
+    step = lambda state, batch: psi.update(state, params, batch)
+    return training.trajectory(step, psi.init(params, key=key), batch, num_steps=FULL_UPDATES)[1]
 
 
 def _by_spectrum(loss: Loss, params: ArrayTree, batch: Batch, key: Array) -> np.ndarray:
@@ -169,7 +169,7 @@ def _by_spectrum(loss: Loss, params: ArrayTree, batch: Batch, key: Array) -> np.
     values, vectors = np.linalg.eigh(curvature.materialize(curvature.hessian(loss, params, batch)))
     start = curvature.online_sharpness(loss).init(params, key=key)
     c, lengths = vectors.T @ np.asarray(ravel_pytree(start)[0]), []
-    for _ in range(FULL_UPDATES):
+    for _ in range(FULL_UPDATES):  # A recurrence of coefficients: there is nothing to train.
         c = (1 - FULL_GAMMA) * c + FULL_GAMMA * values * c / np.linalg.norm(c)
         lengths.append(np.linalg.norm(c))
     return np.array(lengths)
@@ -179,7 +179,6 @@ def _by_spectrum(loss: Loss, params: ArrayTree, batch: Batch, key: Array) -> np.
 def ritz_values(loss: Loss, params: ArrayTree, batch: Batch, keys: Array) -> Array:
     """The largest Ritz value after each Lanczos step from a random start, (runs, products)."""
     op = curvature.hessian(loss, params, batch)
-
     solver = curvature.Eigensolver(op.space, ncv=NUM_PRODUCTS)
 
     def step(state: Any, _: None) -> tuple[Any, Array]:
@@ -187,7 +186,7 @@ def ritz_values(loss: Loss, params: ArrayTree, batch: Batch, keys: Array) -> Arr
         return state, state.found.values[-1]
 
     def one(key: Array) -> Array:
-        return jax.lax.scan(step, solver.init(solver.start(key)), None, NUM_PRODUCTS)[1]
+        return training.trajectory(step, solver.init(solver.start(key)), num_steps=NUM_PRODUCTS)[1]
 
     return jax.lax.map(one, keys)
 
@@ -355,7 +354,7 @@ def descend(
     part = lambda row: jax.tree.map(lambda x: x[row], batch)
     num_warm = len(rows) - len(step_rows)
     warm = lambda state, row: psi.update(state, params, part(row))
-    begin, _ = jax.lax.scan(warm, psi.init(params, key=key), rows[:num_warm])
+    begin, _ = training.trajectory(warm, psi.init(params, key=key), rows[:num_warm])
 
     def one(multiple: Array) -> tuple[Array, Array, ArrayTree]:
         def step(carry: tuple, at: tuple[Array, Array]) -> tuple[tuple, tuple]:
@@ -364,7 +363,8 @@ def descend(
             moved = optax.tree.add_scale(params, -multiple / length, jax.grad(loss)(params, part(step_row)))
             return (moved, state), (loss(params, batch), length, params)
 
-        (end, _), (values, lengths, points) = jax.lax.scan(step, (params, begin), (rows[num_warm:], step_rows))
+        both = rows[num_warm:], step_rows
+        (end, _), (values, lengths, points) = training.trajectory(step, (params, begin), both)
         return jnp.append(values, loss(end, batch)), lengths, points
 
     return jax.vmap(one)(multiples)

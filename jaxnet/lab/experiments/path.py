@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxnet import curvature, data, learning_rate, training
+from jaxnet import curvature, data, learning_rate
 from jaxnet.contract import Array
-from jaxnet.lab.experiments.two_gaussians import minimum_of_weights, weights_only
+from jaxnet.lab.experiments.two_gaussians import minimum_of_weights, walk, weights_only
 from jaxnet.lab.record import Claim, Contours, Panel, Record, Series, below, close, slug
 
 QUESTION = "How do too small, optimal and too large rates move over the level lines of E, for three batch sizes?"
@@ -69,20 +68,6 @@ def _run(seed: int, num_steps: int, num_runs: int, num_examples: int) -> Record:
     )
 
 
-@jax.jit
-def walk(start: Array, batch: Batch, rate: Array | float, rows: Array) -> Array:
-    """The weights (T + 1, 2) along T steps, of which step t sees the examples ``rows[t]``."""
-    optimizer = optax.sgd(rate)
-    update = training.make_update(weights_only, optimizer)
-
-    def step(state: training.TrainState, row: Array) -> tuple[training.TrainState, Array]:
-        state, _ = update(state, jax.tree.map(lambda x: x[row], batch))
-        return state, state.params
-
-    _, path = jax.lax.scan(step, training.init_state(start, optimizer), rows)
-    return jnp.concatenate([start[None], path])
-
-
 def _minimum(batch: Batch) -> tuple[Array, Array]:
     """ω* and the Hessian H."""
     inputs, _ = batch
@@ -117,8 +102,11 @@ def _steps_to_tolerance(batch: Batch, path: np.ndarray, rate: float) -> tuple[fl
     values, vectors = np.linalg.eigh(hessian)
     energies = 0.5 * values * ((path[0] - minimum) @ vectors) ** 2
     expected = (1 - rate * values) ** (2 * np.arange(len(path))[:, None]) @ energies
-    first = lambda curve: float(np.argmax(curve <= TOLERANCE * curve[0])) or float("nan")
-    return first(expected), first(_excess(path, batch))
+    return _first_tolerated(expected), _first_tolerated(_excess(path, batch))
+
+
+def _first_tolerated(curve: np.ndarray) -> float:
+    return float(np.argmax(curve <= TOLERANCE * curve[0])) or float("nan")
 
 
 def _steps(batch: Batch) -> Array:

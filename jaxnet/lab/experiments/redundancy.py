@@ -104,10 +104,8 @@ def _full_batch(start: Array, batch: Batch) -> Array:
 
     def one(rate: Array) -> Array:
         optimizer = optax.sgd(rate)
-        update = training.make_update(weights_only, optimizer)
-        step = lambda state, _: update(state, batch)
-        _, metrics = jax.lax.scan(step, training.init_state(start, optimizer), None, length=BATCH_STEPS + 1)
-        return metrics["loss"]
+        update, state = training.make_update(weights_only, optimizer), training.init_state(start, optimizer)
+        return training.trajectory(update, state, batch, num_steps=BATCH_STEPS + 1)[1]["loss"]
 
     return jax.vmap(one)(jnp.asarray(BATCH_RATES))
 
@@ -116,13 +114,9 @@ def _full_batch(start: Array, batch: Batch) -> Array:
 def _stochastic(start: Array, batch: Batch, rows: Array) -> Array:
     """E on all examples after each step on a single one."""
     optimizer = optax.sgd(decayed)
-    update = training.make_update(weights_only, optimizer)
-
-    def step(state: training.TrainState, row: Array) -> tuple[training.TrainState, Array]:
-        state, _ = update(state, jax.tree.map(lambda x: x[row][None], batch))
-        return state, weights_only(state.params, batch)
-
-    return jax.lax.scan(step, training.init_state(start, optimizer), rows)[1]
+    error_of = lambda weights, row: weights_only(weights, jax.tree.map(lambda x: x[row][None], batch))
+    update, state = training.make_update(error_of, optimizer), training.init_state(start, optimizer)
+    return training.trajectory(update, state, rows, observe=lambda state, _: weights_only(state.params, batch))[1]
 
 
 def _order(key: Array, num_examples: int, copies: int, num_steps: int) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.scipy.sparse.linalg import cg
 
-from jaxnet import curvature, data, losses, nn
+from jaxnet import curvature, data, losses, nn, training
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.lab.experiments.two_gaussians import minimum_of_weights, weights_only
 from jaxnet.lab.record import Claim, Panel, Record, Series, above, below, close, slug
@@ -108,28 +108,25 @@ def newton(
     """ω ← ω − (H + .03‖g‖)⁻¹g; the end, and E and ‖g‖ before each step."""
     loss = _regularised(decay)
 
-    def step(params: ArrayTree, _: None) -> tuple[ArrayTree, tuple[Array, Array]]:
+    def step(params: ArrayTree, batch: Batch) -> tuple[ArrayTree, tuple[Array, Array]]:
         value, gradient = jax.value_and_grad(loss)(params, batch)
         length = optax.tree.norm(gradient)
         damped = curvature.shift(curvature.hessian(loss, params, batch), DAMPING * length)
         direction, _ = cg(damped, gradient, tol=tol, maxiter=max_products)
         return optax.tree.sub(params, direction), (value, length)
 
-    end, (values, lengths) = jax.lax.scan(step, start, None, length=num_steps)
+    end, (values, lengths) = training.trajectory(step, start, batch, num_steps=num_steps)
     return end, values, lengths
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
 def gradient_descent(decay: Array | float, start: ArrayTree, batch: Batch, rates: Array, num_steps: int) -> Array:
     """E before each step, (rates, steps)."""
-    loss = _regularised(decay)
 
     def one(rate: Array) -> Array:
-        def step(params: ArrayTree, _: None) -> tuple[ArrayTree, Array]:
-            value, gradient = jax.value_and_grad(loss)(params, batch)
-            return optax.tree.add_scale(params, -rate, gradient), value
-
-        return jax.lax.scan(step, start, None, length=num_steps)[1]
+        optimizer = optax.sgd(rate)
+        update, state = training.make_update(_regularised(decay), optimizer), training.init_state(start, optimizer)
+        return training.trajectory(update, state, batch, num_steps=num_steps)[1]["loss"]
 
     return jax.vmap(one)(rates)
 
@@ -140,13 +137,14 @@ def lbfgs(decay: Array | float, start: ArrayTree, batch: Batch, num_steps: int) 
     optimizer, value_fn = optax.lbfgs(), lambda params: _regularised(decay)(params, batch)
     value_and_grad = optax.value_and_grad_from_state(value_fn)
 
+    # Not `make_update`: the line search has left value and gradient in the state, which counts those it took.
     def step(carry: tuple[ArrayTree, Any], _: None) -> tuple[tuple[ArrayTree, Any], tuple[Array, Array]]:
         params, state = carry
         value, grad = value_and_grad(params, state=state)
         updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=value_fn)
         return (optax.apply_updates(params, updates), state), (value, state[-1].info.num_linesearch_steps)
 
-    return jax.lax.scan(step, (start, optimizer.init(start)), None, length=num_steps)[1]
+    return training.trajectory(step, (start, optimizer.init(start)), num_steps=num_steps)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("num_epochs", "checks"))
@@ -157,18 +155,12 @@ def single_examples(
     loss, n = _regularised(decay), len(batch[1])
     largest = jnp.max(jnp.sum(batch[0] ** 2, axis=1) + 1) / 2 + decay
     orders = jax.vmap(lambda epoch: data.reshuffled(key, epoch, n))(jnp.arange(num_epochs))
-    times = jnp.arange(num_epochs * n).reshape(num_epochs * checks, -1)
-
-    def step(params: ArrayTree, at: tuple[Array, Array]) -> tuple[ArrayTree, None]:
-        row, time = at
-        gradient = jax.grad(loss)(params, jax.tree.map(lambda x: x[row][None], batch))
-        return optax.tree.add_scale(params, -1 / (largest + decay * time), gradient), None
-
-    def part(params: ArrayTree, at: tuple[Array, Array]) -> tuple[ArrayTree, Array]:
-        params, _ = jax.lax.scan(step, params, at)
-        return params, loss(params, batch)
-
-    return jax.lax.scan(part, start, (orders.reshape(times.shape), times))[1]
+    optimizer = optax.sgd(lambda time: 1 / (largest + decay * time))
+    error_of = lambda params, row: loss(params, jax.tree.map(lambda x: x[row][None], batch))
+    update, state = training.make_update(error_of, optimizer), training.init_state(start, optimizer)
+    between_checks = functools.partial(training.trajectory, update)
+    check = lambda state, _: loss(state.params, batch)
+    return training.trajectory(between_checks, state, orders.reshape(num_epochs * checks, -1), observe=check)[1]
 
 
 def _run(seed: int, num_examples: int, num_steps: int, num_epochs: int) -> Record:

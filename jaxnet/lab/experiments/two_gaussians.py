@@ -107,22 +107,33 @@ def _draws(key: Array, num_examples: int, num_draws: int) -> np.ndarray:
     return np.asarray(jax.vmap(one)(jax.random.split(key, num_draws)))
 
 
-def _descend(loss: Any, params: Any, batch: Any, rate: float, num_steps: int) -> tuple[list[Any], np.ndarray]:
+@jax.jit(static_argnames=("loss", "num_steps"))
+def _descend(loss: Any, params: Any, batch: Any, rate: Array | float, num_steps: int) -> tuple[Any, Array]:
     """The path of full-batch gradient descent, and E along it."""
     optimizer = optax.sgd(rate)
-    update, state = training.make_update(loss, optimizer), training.init_state(params, optimizer)
-    path, values = [state.params], [float(loss(state.params, batch))]
-    for _ in range(num_steps):
-        state, _ = update(state, batch)
-        path.append(state.params)
-        values.append(float(loss(state.params, batch)))
-    return path, np.array(values)
+    update = training.make_update(loss, optimizer)
+
+    def step(state: training.TrainState, batch: Any) -> tuple[training.TrainState, tuple[Any, Array]]:
+        after, metrics = update(state, batch)
+        return after, (state.params, metrics["loss"])
+
+    return training.trajectory(step, training.init_state(params, optimizer), batch, num_steps=num_steps + 1)[1]
+
+
+@jax.jit
+def walk(start: Array, batch: tuple[Array, Array], rate: Array | float, rows: Array) -> Array:
+    """The weights (T + 1, 2) along T steps, of which step t sees the examples ``rows[t]``."""
+    optimizer = optax.sgd(rate)
+    update = training.make_update(lambda w, row: weights_only(w, jax.tree.map(lambda x: x[row], batch)), optimizer)
+    state = training.init_state(start, optimizer)
+    _, path = training.trajectory(update, state, rows, observe=lambda state, _: state.params)
+    return jnp.concatenate([start[None], path])
 
 
 def _growth(loss: Any, params: Any, batch: Any, rate: float) -> float:
     """The factor a step of the excess loss E − E*, once its fastest mode is alone."""
     floor = float(weights_only(minimum_of_weights(batch), batch))
-    values = _descend(loss, params, batch, rate, 60)[1] - floor
+    values = np.asarray(_descend(loss, params, batch, rate, 60)[1]) - floor
     # On the way down, rounding of E* ends the ratio's meaning: take the last clear one.
     clear = np.flatnonzero(values > 1e-9 * max(values[0], floor))
     return float(values[clear[-1]] / values[clear[-1] - 1])
@@ -168,18 +179,10 @@ def _growth_claims(kernel: Array, params: Any, batch: Any) -> list[Claim]:
     ]
 
 
-def _stochastic(kernel: Array, batch: Any, key: Array) -> tuple[tuple[list[Any], np.ndarray], np.ndarray]:
+def _stochastic(kernel: Array, batch: Any, key: Array) -> tuple[tuple[Array, np.ndarray], np.ndarray]:
     """Two epochs of single steps as a path, and ten epochs of E."""
-    optimizer = optax.sgd(STOCHASTIC_RATE)
-    update, state = (
-        jax.jit(training.make_update(weights_only, optimizer)),
-        training.init_state(kernel, optimizer),
-    )
-    path = [kernel]
-    for epoch in range(2):
-        for one in data.batches(batch, 1, key=key, epoch=epoch):
-            state, _ = update(state, one)
-            path.append(state.params)
+    rows = jnp.concatenate([data.reshuffled(key, epoch, len(batch[1])) for epoch in range(2)])
+    path = walk(kernel, batch, STOCHASTIC_RATE, rows[:, None])
     result = training.fit(
         weights_only, kernel, batch, optax.sgd, learning_rate=STOCHASTIC_RATE, batch_size=1, num_epochs=10, key=key,
         metrics={"error": weights_only},
