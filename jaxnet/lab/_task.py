@@ -38,7 +38,7 @@ CHUNK = {"linear": 2000, "mlp": 2000, "lenet": 100}
 # would take minutes.
 MANY_EXAMPLES = 2000
 
-Progress = Callable[[str, float], None]
+OnStage = Callable[[str, float], None]
 """Called with a stage in words and the share of the whole job done."""
 
 
@@ -131,7 +131,7 @@ class Task:
       train: ``(inputs, targets)`` to train on.
       test: ``(inputs, targets)`` held out, or None where there are too few examples.
       labelled: whether the targets are classes, so that `accuracy` means something.
-      words: what it is, for titles.
+      title: what it is.
     """
 
     loss: ChunkedLoss
@@ -140,7 +140,7 @@ class Task:
     train: tuple[Array, Array]
     test: tuple[Array, Array] | None
     labelled: bool
-    words: str
+    title: str
 
     @property
     def num_params(self) -> int:
@@ -180,8 +180,8 @@ def make_task(config: TaskConfig, *, key: Array) -> Task:
     check_count("widths: the network's parameters", sum(x.size for x in jax.tree.leaves(shapes)), highest=MOST_PARAMS)
     params = network.init(init_key, train[0].shape[1:])
     name = pathlib.Path(config.data).name
-    words = f"{name}, {config.model}, {criterion.replace('_', ' ')}"
-    return Task(loss, network.apply, params, train, test, num_outputs is not None, words)
+    title = f"{name}, {config.model}, {criterion.replace('_', ' ')}"
+    return Task(loss, network.apply, params, train, test, num_outputs is not None, title)
 
 
 Pair = tuple[Array, Array]

@@ -13,7 +13,7 @@ import optax
 from jaxnet import curvature, learning_rate, losses, training
 from jaxnet.contract import Array, UserError, check_batch_size
 from jaxnet.lab import _panels, record
-from jaxnet.lab._task import Progress, Task, TaskConfig, check_count, keys_of, known, make_task, rate_of
+from jaxnet.lab._task import OnStage, Task, TaskConfig, check_count, keys_of, known, make_task, rate_of
 from jaxnet.lab.record import Claim, Line, Panel, Record, Series
 from jaxnet.learning_rate import Analysis, MeasuredStability
 
@@ -41,7 +41,7 @@ class AnalyseConfig(TaskConfig):
     """Epochs of each of the three runs: equal numbers of example gradients."""
 
 
-def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None) -> Iterator[Record]:
+def stages(config: AnalyseConfig, on_stage: OnStage = lambda stage, share: None) -> Iterator[Record]:
     """The job's record, growing: one yield after each stage, so that an interrupted job keeps what it has.
 
     Raises:
@@ -49,7 +49,7 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
     """
     known("optimizer", config.optimizer, OPTIMIZERS)
     keys = keys_of(config, 5)
-    progress("loading data", 0.0)
+    on_stage("loading data", 0.0)
     task = make_task(config, key=keys[0])
     num_examples = len(task.train[1])
     check_batch_size(config.batch_size, num_examples)
@@ -58,11 +58,11 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
     limits = np.finfo(config.dtype)
     if own is not None and not float(limits.tiny) <= own <= float(limits.max):
         raise UserError(f"learning_rate: expected positive and finite in {config.dtype}, got {own}")
-    progress("λ_max and the gradient's noise", 0.05)
+    on_stage("λ_max and the gradient's noise", 0.05)
     analysis = learning_rate.analyse(task.loss, task.params, task.train, key=keys[1])
     found = Record(
         name="analyse",
-        question=f"What should the learning rate be? {task.words}, {task.num_params} parameters, N = {num_examples}",
+        question=f"What should the learning rate be? {task.title}, {task.num_params} parameters, N = {num_examples}",
         config=dataclasses.asdict(config),
         seed=config.seed,
         dtype=str(jnp.result_type(*jax.tree.leaves(task.params))),
@@ -80,15 +80,15 @@ def stages(config: AnalyseConfig, progress: Progress = lambda words, share: None
             ("stochastic, B = 1", 1),
         ]
     ):
-        share = lambda done, number=number: progress(f"training, {name}", 0.15 + 0.2 * (number + done))
+        share = lambda done, number=number: on_stage(f"training, {name}", 0.15 + 0.2 * (number + done))
         runs.append(_train(config, task, analysis, name, batch_size, keys[2], share))
         with_runs = _with_runs(found, runs, len(task.sample[1]))
         yield with_runs
     found = with_runs
 
-    progress("ladder of rates", 0.8)
+    on_stage("ladder of rates", 0.8)
     yield _with_ladder(found, task, analysis, keys[3:])
-    progress("done", 1.0)
+    on_stage("done", 1.0)
 
 
 def _of_own_rate(config: AnalyseConfig, analysis: Analysis) -> list[tuple[str, Any, str]]:

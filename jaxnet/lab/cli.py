@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from jaxnet.contract import UserError
 from jaxnet.lab import analyse as main_job
 from jaxnet.lab import experiments, report, spectrum
-from jaxnet.lab._task import known
+from jaxnet.lab._task import OnStage, known
 from jaxnet.lab.record import Record, versions
 
 # 70 is EX_SOFTWARE of BSD's sysexits.h: an error inside the program.
@@ -151,8 +151,8 @@ def _parse(arguments: Sequence[str]) -> Commands:
             raise
         # Without the box, in whatever alphabet: its lid with a title, its sides, and the rules in it.
         lines = printed.getvalue().splitlines()
-        words = re.sub(r"[─-]{4,}|[╰╯│]", "", " ".join(lines[1:] or lines))
-        raise UserError(" ".join(words.split())) from None
+        complaint = re.sub(r"[─-]{4,}|[╰╯│]", "", " ".join(lines[1:] or lines))
+        raise UserError(" ".join(complaint.split())) from None
 
 
 def _check_out(output: Output) -> None:
@@ -178,16 +178,16 @@ def _devices() -> list[jax.Device]:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
+def _bar() -> Iterator[OnStage]:
     """A bar on a terminal; nothing elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda words, share: None
+        yield lambda stage, share: None
         return
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
-        yield lambda words, share: bar.update(task, description=words, completed=share)
+        yield lambda stage, share: bar.update(task, description=stage, completed=share)
 
 
 def _finish(record: Record, folder: pathlib.Path, console: Console) -> None:
@@ -205,8 +205,8 @@ def _staged(command: Any, make_config: Any, stages: Callable[..., Iterator[Recor
     config = make_config(**{field.name: getattr(command, field.name) for field in dataclasses.fields(make_config)})
     record = None
     try:
-        with jax.enable_x64(config.dtype == "float64"), _progress() as progress:
-            for stage in stages(config, progress):
+        with jax.enable_x64(config.dtype == "float64"), _bar() as on_stage:
+            for stage in stages(config, on_stage):
                 record = stage
     finally:
         if record is not None:
@@ -218,9 +218,9 @@ def _experiment(command: Experiment, console: Console) -> int:
     chosen = experiments.names() if command.name == "all" else [command.name]
     known("experiment", command.name, [*experiments.names(), "all"])
     passed = True
-    with _progress() as progress:
+    with _bar() as on_stage:
         for number, name in enumerate(chosen):
-            progress(name, number / len(chosen))
+            on_stage(name, number / len(chosen))
             record = experiments.run(name, seed=command.seed)
             _finish(record, command.out / name if command.name == "all" else command.out, console)
             passed = passed and record.passed

@@ -13,7 +13,7 @@ from jaxnet import curvature, learning_rate, training
 from jaxnet.contract import Array, ArrayTree, UserError, check_batch_size
 from jaxnet.curvature import Eigenpairs, LinearOperator
 from jaxnet.lab import _panels, record
-from jaxnet.lab._task import Progress, Task, TaskConfig, check_count, keys_of, make_task, rate_of
+from jaxnet.lab._task import OnStage, Task, TaskConfig, check_count, keys_of, make_task, rate_of
 from jaxnet.lab.record import Line, Panel, Record, Series
 
 
@@ -33,7 +33,7 @@ class SpectrumConfig(TaskConfig):
     """Lanczos steps from each."""
 
 
-def stages(config: SpectrumConfig, progress: Progress = lambda words, share: None) -> Iterator[Record]:
+def stages(config: SpectrumConfig, on_stage: OnStage = lambda stage, share: None) -> Iterator[Record]:
     """The record, growing: the top eigenvalues, then the layers', then the density.
 
     Raises:
@@ -44,28 +44,28 @@ def stages(config: SpectrumConfig, progress: Progress = lambda words, share: Non
     check_count("num_probes", config.num_probes, lowest=2)
     check_count("num_steps", config.num_steps)
     keys = keys_of(config, 5)
-    progress("loading data", 0.0)
+    on_stage("loading data", 0.0)
     task = make_task(config, key=keys[0])
     check_batch_size(config.batch_size, len(task.train[1]))
     check_count("num_eigenvalues, of as many parameters", config.num_eigenvalues, highest=task.num_params)
     where = "at the initial parameters"
     params = task.params
     if config.num_epochs:
-        progress("training", 0.05)
+        on_stage("training", 0.05)
         params = _trained(config, task, keys[1])
         where = f"after {config.num_epochs} epochs"
     batch = task.sample
     op = curvature.hessian(task.loss, params, batch)
 
-    progress("top eigenvalues", 0.2)
+    on_stage("top eigenvalues", 0.2)
     found = _with_top(config, task, op, where, keys[2])
     yield found
-    progress("layers", 0.4)
+    on_stage("layers", 0.4)
     found = _with_layers(found, op, keys[3])
     yield found
-    progress("density", 0.6)
+    on_stage("density", 0.6)
     yield _with_density(config, found, op, keys[4])
-    progress("done", 1.0)
+    on_stage("done", 1.0)
 
 
 def _trained(config: SpectrumConfig, task: Task, key: Array) -> ArrayTree:
@@ -103,7 +103,7 @@ def _with_top(config: SpectrumConfig, task: Task, op: LinearOperator, where: str
     return Record(
         name="spectrum",
         question=(
-            f"What are the Hessian's eigenvalues {where}? {task.words}, {task.num_params} parameters, N = {examples}"
+            f"What are the Hessian's eigenvalues {where}? {task.title}, {task.num_params} parameters, N = {examples}"
         ),
         config=dataclasses.asdict(config),
         seed=config.seed,
