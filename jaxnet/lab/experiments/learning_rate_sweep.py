@@ -82,10 +82,11 @@ def _problems(key: Array, num_examples: int, widths: tuple[int, ...]) -> dict[st
     double = lambda x: jnp.asarray(x, jnp.float64)
     inputs, labels = jax.tree.map(lambda x: x[:num_examples], data.digits())
     inputs = double(inputs)
-    network = lambda model, x: Problem(
-        losses.mean_loss(model.apply, losses.softmax_cross_entropy), jax.tree.map(double, model.init(key, x.shape[1:])),
-        (x, labels), 32,
-    )  # fmt: skip
+
+    def network(model: nn.Layer, x: Array) -> Problem:
+        loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
+        return Problem(loss, jax.tree.map(double, model.init(key, x.shape[1:])), (x, labels), 32)
+
     neuron = nn.linear_neuron()
     return {
         "two Gaussians": Problem(
