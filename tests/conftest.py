@@ -1,5 +1,6 @@
 import importlib.metadata
 import os
+import pathlib
 
 # Before JAX starts: the tests compile much and run little, so let the compiler try less. Processes inherit it.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
@@ -11,6 +12,15 @@ import jax.numpy as jnp
 import pytest
 
 from jaxnet import losses, nn
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """XLA maps memory for each compiled program, and Linux ends a process at its 65,530th map: old ones go in time."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
