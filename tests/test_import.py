@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-EXTRAS = ["tyro", "rich", "matplotlib", "sklearn", "mnist1d", "mlxtend", "pandas", "requests", "torch"]
+EXTRAS = ["jaxnet.lab", "tyro", "rich", "matplotlib", "sklearn", "mnist1d", "mlxtend", "pandas", "requests", "torch"]
 PROGRAM = f"""
 import logging, sys, jax
 compiled = []

@@ -242,6 +242,16 @@ def test_fit_takes_the_batches_of_a_pass_as_its_steps(mlp_problem):
     assert int(resumed.state.step) == 18
 
 
+def test_held_out_data_may_be_a_stream_beside_data_in_memory(mlp_problem):
+    loss, params, batch = mlp_problem
+    how = {"learning_rate": 0.05, "batch_size": 5, "num_epochs": 3, "key": KEY}
+    expected = training.fit(loss, params, batch, optax.adam, validation=batch, **how)
+    found = training.fit(loss, params, batch, optax.adam, validation=Loader(batch), **how)
+    chex.assert_trees_all_close(
+        (found.state, found.history, found.best), (expected.state, expected.history, expected.best)
+    )
+
+
 def test_fit_from_a_stream_compiles_one_step_for_every_rate(mlp_problem):
     loss, params, batch = mlp_problem
     traced = []

@@ -64,7 +64,7 @@ class Analysis:
         """η_max for batches of B: 2λ/(λ² + p Var(vᵀH_nv)) with p = (N − B)/(B(N − 1)); None is the full batch.
 
         Where SGD's mean square along the sharpest direction v starts to grow. Beyond it SGD is unstable; another
-        direction may be so before, which `sgd_maximal` tells exactly where no curvature is negative.
+        direction may be so before, which `sgd_stability` tells exactly where no curvature is negative.
 
         Raises:
           ValueError: B is not in 1…N.
