@@ -16,7 +16,7 @@ from jax import lax
 from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import _bound, _lanczos
-from jaxnet.curvature._operators import LinearOperator, Space, check_deterministic
+from jaxnet.curvature._operators import LinearOperator, OverExamples, Space, check_deterministic
 
 WHICH = ("LA", "SA", "LM", "BE")
 
@@ -174,6 +174,10 @@ class Eigensolver:
           ValueError: the operator is not the same matrix twice, because its loss is random.
         """
         check_deterministic(op)
+        if isinstance(op.product, OverExamples):
+            # At params that are not finite there is nothing to find: the start says so. Besides, XLA then holds a
+            # vector less at the peak, since it makes the start in the place where it is read.
+            start = jax.tree.map(lambda x, p: x + 0 * p, start, op.operands[0])
         streamed = dataset.on_host(op)
         # The loop is not differentiated: an eigenvalue's derivative needs its vector only.
         fixed, start = (op, start) if streamed else lax.stop_gradient((op, start))
