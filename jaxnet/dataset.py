@@ -234,7 +234,7 @@ def _over_chunks(function: Callable[..., Any], batch: Any, given: Any, *, weight
 
     def step(summed: Any, chunk: Any) -> tuple[Any, Any]:
         part, sums = function(chunk, *given)
-        return _added(summed, sums, size if weighted else 1), part
+        return _add(summed, sums, size if weighted else 1), part
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _wide(s.dtype)), like)
     summed, entries = lax.scan(step, zeros, chunks)
@@ -242,7 +242,7 @@ def _over_chunks(function: Callable[..., Any], batch: Any, given: Any, *, weight
     if whole < n:
         more, rest = function(jax.tree.map(lambda x: x[whole:], batch), *given)
         entries = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), entries, more)
-        summed = _added(summed, rest, n - whole if weighted else 1)
+        summed = _add(summed, rest, n - whole if weighted else 1)
     return entries, summed, like, n
 
 
@@ -256,14 +256,16 @@ def _wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
-@jax.jit
-def _scaled(sums: Any, weight: Array | int) -> Any:
+def _scale(sums: Any, weight: Array | int) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(weight, _wide(x.dtype)) * x.astype(_wide(x.dtype)), sums)
 
 
-@jax.jit
-def _added(summed: Any, sums: Any, weight: Array | int) -> Any:
-    return jax.tree.map(jnp.add, summed, _scaled(sums, weight))
+def _add(summed: Any, sums: Any, weight: Array | int) -> Any:
+    return jax.tree.map(jnp.add, summed, _scale(sums, weight))
+
+
+# For a stream's batches, one after the other; inside a scan they are a part of its program.
+_scaled, _added = jax.jit(_scale), jax.jit(_add)
 
 
 def jit(function: Callable[..., Any], *, static_argnames: str | tuple[str, ...] = ()) -> Callable[..., Any]:
