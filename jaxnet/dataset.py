@@ -257,6 +257,7 @@ def _wide(dtype: Any) -> Any:
 
 
 def _scale(sums: Any, weight: Array | int) -> Any:
+    sums = jax.tree.map(jnp.asarray, sums)
     return jax.tree.map(lambda x: jnp.asarray(weight, _wide(x.dtype)) * x.astype(_wide(x.dtype)), sums)
 
 
