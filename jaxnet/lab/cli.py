@@ -6,8 +6,10 @@ import importlib.util
 import io
 import pathlib
 import re
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
@@ -101,7 +103,8 @@ def run(arguments: Sequence[str]) -> int:
     # Not from the command: it may be what cannot be read.
     debug = "--debug" in arguments
     try:
-        return _run(_parse(arguments), console)
+        with _interruptible():
+            return _run(_parse(arguments), console)
     except UserError as error:
         if debug:
             traceback.print_exc(file=sys.stderr)
@@ -175,6 +178,28 @@ def _devices() -> list[jax.Device]:
         return jax.devices()
     except RuntimeError as error:
         raise UserError(f"JAX cannot start: {error}") from error
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the work wherever it falls.
+
+    Python drops an exception of a destructor or of a garbage collector's callback (JAX has one), a KeyboardInterrupt
+    too: the work would go on as if nobody had asked. It is sent again a moment later, from outside.
+    """
+    before = sys.unraisablehook
+
+    def send_again(dropped: "sys.UnraisableHookArgs") -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager

@@ -231,11 +231,36 @@ def test_ctrl_c_leaves_what_is_finished(tmp_path):
     while not (out / "inference" / "activations.png").exists() and time.time() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    try:
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert "interrupted" in errors
     assert json.loads((out / "inference" / "record.json").read_text())["name"] == "inference"
     assert not list(out.rglob("*.partial"))
+
+
+class Interrupts:
+    """Ctrl-C falls into a destructor, where Python drops the exception."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_not_lost_in_a_destructor(monkeypatch, tmp_path, capsys):
+    def fit(*args, **options):
+        Interrupts()
+        time.sleep(10)
+        raise AssertionError("nobody came")
+
+    monkeypatch.setattr(training, "fit", fit)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.run([*JOB, "--out", str(tmp_path / "out")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "interrupted" in capsys.readouterr().err
 
 
 def raising(error):
