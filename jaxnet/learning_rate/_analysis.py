@@ -1,15 +1,19 @@
 """All that curvature and noise say of the learning rate at a point, in one value."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxnet import contract, dataset
-from jaxnet.contract import Array, ArrayTree, Loss, UserError, check_batch_size
+from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, UserError, check_batch_size
 from jaxnet.curvature import Sharpness, sharpness
-from jaxnet.learning_rate._rates import NoisyCurvature, for_batch_size, maximal, noisy_curvature, optimal
+from jaxnet.learning_rate._derived import DerivedRates, derive
+from jaxnet.learning_rate._rates import NoisyCurvature, maximal, noisy_curvature, optimal
 from jaxnet.per_example import NoiseScale, check_independent, noise_scale
 
 
@@ -22,125 +26,184 @@ class Analysis:
       sharpness: λ_max of the full-batch Hessian, certified, with its sampling error.
       noise: the gradient's noise scale, from per-example gradients.
       curvature: g·g, g·Hg and tr(HΣ).
+      derived: the optimizer's rates and limits at each of its batch sizes.
       num_examples: N.
+      optimizer: what the rates are for, by its maker's name.
     """
 
     sharpness: Sharpness
     noise: NoiseScale
     curvature: NoisyCurvature
+    derived: DerivedRates
     num_examples: int = dataclasses.field(metadata={"static": True})
+    optimizer: str = dataclasses.field(metadata={"static": True})
 
     @property
     def optimal(self) -> Array:
-        """η_opt = 1/λ_max."""
+        """η_opt = 1/λ_max, of gradient descent."""
         return optimal(self.sharpness.value)
 
     @property
     def maximal(self) -> Array:
-        """η_max = 2/λ_max from the eigenvalue found, which is never above the true one: the optimistic limit."""
+        """η_max = 2/λ_max of gradient descent, from the eigenvalue found, which is never above the true one."""
         return maximal(self.sharpness.value)
 
     @property
     def safe_maximal(self) -> Array:
-        """2 over the upper bound of λ_max: the limit that holds with the bound's probability."""
+        """2 over the upper bound of λ_max: the limit of gradient descent that holds with the bound's probability."""
         return maximal(self.sharpness.upper_bound)
 
     @property
     def critical_batch_size(self) -> Array:
-        """B_crit = B_noise, from which on larger batches buy little: η(B) is half of the full batch's there.
+        """B_crit = B_noise at these params, from which on larger batches buy little.
 
-        tr(HΣ)/g·Hg where both are positive, S/|ḡ|² elsewhere.
+        tr(HΣ)/g·Hg where both are positive, S/|ḡ|² elsewhere. It grows along training; this is a snapshot.
         """
-        hessian_scale = self.curvature.noise_scale
-        usable = (self.curvature.along_gradient > 0) & (self.curvature.along_noise > 0)
-        return jnp.where(usable, hessian_scale, self.noise.trace / self.noise.mean_squared)
+        return jnp.where(self._hessian_scale, self.curvature.noise_scale, self.noise.trace / self.noise.mean_squared)
+
+    @property
+    def critical_batch_size_error(self) -> Array:
+        """Its standard error: over the probes of tr(HΣ), or by the jackknife over examples."""
+        probes = self.curvature.standard_error / jnp.abs(self.curvature.along_gradient)
+        return jnp.where(self._hessian_scale, probes, self.noise.standard_error)
+
+    @property
+    def _hessian_scale(self) -> Array:
+        return (self.curvature.along_gradient > 0) & (self.curvature.along_noise > 0)
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """1, 2, 4, … and N."""
-        return (*(2**i for i in range((self.num_examples - 1).bit_length())), self.num_examples)
+        """Those that were looked at; between them values are interpolated."""
+        return self.derived.batch_sizes
 
     def limit(self, batch_size: int | None) -> Array:
-        """η_max for batches of B: 2λ/(λ² + p Var(vᵀH_nv)) with p = (N − B)/(B(N − 1)); None is the full batch.
+        """η_max here for batches of B: 2/(λ + p q), where the mean square of the distance begins to grow.
 
-        Where SGD's mean square along the sharpest direction v starts to grow. Beyond it SGD is unstable; another
-        direction may be so before, which `sgd_stability` tells exactly where no curvature is negative.
+        λ is the largest curvature that the optimizer's alternating steps meet, p = (N − B)/(B(N − 1)), and q is what
+        the scatter of the examples' curvatures adds; see `DerivedRates`. None is the full batch. An estimate: on
+        networks the exact limit was 0.35 to 1.1 of it; `bracket` holds it for certain.
 
         Raises:
-          ValueError: B is not in 1…N.
+          ValueError: B is none of those between the least and the largest looked at.
         """
-        if batch_size is None:
-            return self.maximal
-        n, value = self.num_examples, self.sharpness.value
-        check_batch_size(batch_size, n)
-        variance = self.sharpness.sampling_error**2 * (n - 1)
-        return 2 * value / (value**2 + variance * (n - batch_size) / (batch_size * (n - 1)))
+        return self._at(2 / (self.derived.largest + self.derived.scatter), batch_size)
+
+    def bracket(self, batch_size: int | None) -> tuple[Array, Array]:
+        """Two rates around the exact limit here: by the example of the largest curvature, by the sharpest direction.
+
+        Raises:
+          ValueError: as `limit`.
+        """
+        largest = self.derived.largest
+        ends = largest + self.derived.worst, largest + self.derived.sharpest
+        low, high = (self._at(2 / end, batch_size) for end in ends)
+        return low, high
 
     def rate(self, batch_size: int | None) -> Array:
-        """The rate to train at: 1/λ_max for the full batch (None), else min(1/λ_max, ε_max)/(1 + B_noise/B).
+        """The rate to train at with batches of B: √(η₁ · ½η_max), None being the full batch.
 
-        For batches of these N examples without replacement, (N − B)/(B(N − 1)) stands in place of 1/B.
-        McCandlish's ε_max is best for one step along the gradient, and can lie beyond 2/λ_max, where a run of steps is
-        unstable: for a run, 1/λ_max caps it.
+        η₁ is the best single step from here, which is too long or too short for a run by as much as the landscape
+        changes; η_max is `limit` where a short run at η₁ has led, and half of it is to a run what 1/λ_max is to
+        gradient descent. See `DerivedRates`.
 
         Raises:
-          ValueError: B is not in 1…N.
+          ValueError: as `limit`.
         """
-        if batch_size is None:
-            return self.optimal
-        check_batch_size(batch_size, self.num_examples)
-        # Where g·Hg is negative there is no greedy rate, and the cap alone decides.
-        largest = jnp.fmin(self.optimal, self.curvature.greedy)
-        return for_batch_size(largest, self.critical_batch_size, batch_size, num_examples=self.num_examples)
+        return self._at(self.derived.rate, batch_size)
+
+    def rate_error(self, batch_size: int | None) -> Array:
+        """The standard error of `rate`, over the random directions and the examples used."""
+        return self._at(self.derived.rate_error, batch_size)
+
+    def _at(self, values: Array, batch_size: int | None) -> Array:
+        """Interpolated in log B."""
+        sizes = self.batch_sizes
+        size = self.num_examples if batch_size is None else check_batch_size(batch_size, self.num_examples)
+        if not sizes[0] <= size <= sizes[-1]:
+            raise ValueError(
+                f"batch_size: expected {sizes[0]} to {sizes[-1]}, the sizes that were looked at, got {size}; "
+                "name it in batch_sizes"
+            )
+        return jnp.exp(jnp.interp(jnp.log(size), jnp.log(jnp.array(sizes)), jnp.log(jnp.asarray(values))))
+
+    def schedule(self, batch_size: int | None, num_steps: int) -> optax.Schedule:
+        """A schedule for a run of so many steps: from `rate` down to 0 in a straight line.
+
+        Where the rate is above the limit of stability here, it is led up from 0 first, over a tenth of the steps: the
+        landscape has to flatten before it bears the rate.
+
+        Args:
+          batch_size: B, or None for the full batch.
+          num_steps: of the run.
+
+        Raises:
+          ValueError: as `limit`; or there are no steps.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps: expected 1 or more, got {num_steps}")
+        peak = float(self.rate(batch_size))
+        if peak <= float(self.limit(batch_size)):
+            return optax.linear_schedule(peak, 0.0, num_steps)
+        rising = max(1, num_steps // 10)
+        parts = optax.linear_schedule(0.0, peak, rising), optax.linear_schedule(peak, 0.0, num_steps - rising)
+        return optax.join_schedules(parts, [rising])
 
     def reason(self, batch_size: int | None) -> str:
         """Why `rate` recommends what it does, in words."""
-        rate = float(self.rate(batch_size))
-        if batch_size is None or batch_size == self.num_examples:
-            return f"η = {rate:.3g}: 1/λ_max, half of the rate at which the sharpest direction grows"
-        greedy = float(self.curvature.greedy)
-        capped = not greedy < float(self.optimal)
-        start = f"1/λ_max = {float(self.optimal):.3g}" if capped else f"ε_max = {greedy:.3g}"
-        why = (
-            "the gradient's noise adds more than curvature does"
-            if rate < float(self.optimal) / 2
-            else "noise adds little"
+        rate, error = float(self.rate(batch_size)), float(self.rate_error(batch_size))
+        greedy, later = (float(self._at(x, batch_size)) for x in (self.derived.greedy, self.derived.later_limit))
+        batch = "the full batch" if batch_size in (None, self.num_examples) else f"batches of {batch_size}"
+        words = (
+            f"{self.optimizer} on {batch}: η = {rate:.3g} ± {error:.1g}, midway between the best single step here, "
+            f"{greedy:.3g}, and half of the limit of stability where a short run leads, {later:.3g}"
         )
-        return (
-            f"η = {rate:.3g}: {start} divided by 1 + B_noise/B, B_noise = {float(self.critical_batch_size):.3g}; {why}"
-        )
+        limit = float(self.limit(batch_size))
+        if rate > limit:
+            words += f"; above the limit here, {limit:.3g}, so warm it up"
+        return words
 
     def is_stable(self, rate: float, batch_size: int | None = None) -> str:
-        """Whether training at a constant rate is stable here: "yes", "no" or "not resolved".
+        """Whether training at a constant rate is stable here: "yes", "no" or "not resolved", by `bracket`.
 
-        For the full batch: yes below 2 over λ_max's upper bound, no above 2/λ_max. For batches of B: no above `limit`;
-        below it only the sharpest direction is known to be stable, and the answer is not resolved.
+        For gradient descent on the full batch: yes below 2 over λ_max's upper bound, no above 2/λ_max.
 
         Raises:
-          ValueError: the rate is not positive and finite, or B is not in 1…N.
+          ValueError: the rate is not positive and finite, or B is none of those looked at.
         """
         if not 0 < rate < float("inf"):
             raise ValueError(f"rate: expected positive and finite, got {rate}")
-        if rate > self.limit(batch_size):
+        low, high = (float(x) for x in self.bracket(batch_size))
+        # The certificate is on H: as far as the optimizer's λ is a multiple of it, it is one on that.
+        low *= float(self.sharpness.value / self.sharpness.upper_bound)
+        if rate > high:
             return "no" if self.sharpness.converged else "not resolved"
-        full = batch_size in (None, self.num_examples)
-        return "yes" if full and rate < self.safe_maximal else "not resolved"
+        return "yes" if rate < low else "not resolved"
 
     def rows(self) -> list[tuple[str, Any, str]]:
         """The lines of its table: (quantity, value, remark)."""
-        s = self.sharpness
+        s, d = self.sharpness, self.derived
         verdict = "converged" if s.converged else "NOT converged"
         simple = "|G|² resolved" if self.noise.resolved else "|G|² not resolved: no figure"
+        smallest, name = d.batch_sizes[0], self.optimizer
+        recommended = [
+            (
+                f"η, {name}, {'full batch' if size == self.num_examples else f'B = {size}'}",
+                float(self.rate(size)),
+                f"± {float(self.rate_error(size)):.1g}; limit here {float(self.limit(size)):.3g}",
+            )
+            for size in d.batch_sizes
+        ]
         return [
+            *recommended,
             (
                 "λ_max",
                 float(s.value),
                 f"{verdict}, {int(s.num_matvecs)} products, residual {float(s.residual_norm):.1e}",
             ),
             ("λ_max, upper bound", float(s.upper_bound), "certified, for a random start"),
-            ("η_opt = 1/λ_max", float(self.optimal), "full batch, optimal"),
-            ("η_max = 2/λ_max", float(self.maximal), "full batch, limit of stability"),
-            ("η_max, safe", float(self.safe_maximal), "2 / upper bound"),
+            ("1/λ_max", float(self.optimal), "gradient descent, full batch: optimal on a quadratic"),
+            ("2/λ_max", float(self.maximal), "gradient descent, full batch: limit of stability"),
+            ("2/upper bound", float(self.safe_maximal), "the same, safe"),
             ("ε_max = g·g/g·Hg", float(self.curvature.greedy), "best single step along the gradient"),
             (
                 "B_simple = S/|G|²",
@@ -148,11 +211,15 @@ class Analysis:
                 f"± {float(self.noise.standard_error):.2g}, {simple}",
             ),
             (
-                "B_noise = tr(HΣ)/g·Hg",
-                float(self.curvature.noise_scale),
-                "the critical batch size: larger ones buy little",
+                "critical batch size",
+                float(self.critical_batch_size),
+                f"± {float(self.critical_batch_size_error):.2g} at these params: larger ones buy little",
             ),
-            ("η_max at B = 1", float(self.limit(1)), "stochastic, along the sharpest direction: no more is stable"),
+            (
+                f"limit, B = {smallest}",
+                float(self.limit(smallest)),
+                "for certain between {:.3g} and {:.3g}".format(*(float(x) for x in self.bracket(smallest))),
+            ),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,18 +227,20 @@ class Analysis:
         s = self.sharpness
         parts = ("value", "residual_norm", "upper_bound", "num_matvecs", "converged", "sampling_error")
         return {
+            "optimizer": self.optimizer,
             "sharpness": {name: getattr(s, name) for name in parts},
             "rates": {
                 "optimal": self.optimal,
                 "maximal": self.maximal,
                 "safe_maximal": self.safe_maximal,
                 "greedy": self.curvature.greedy,
-                "recommended": self.rate(None),
-                "reason": self.reason(None),
+                "recommended": self.derived.rate[-1],
+                "reason": self.reason(self.batch_sizes[-1]),
             },
             "noise": dataclasses.asdict(self.noise),
             "curvature": {**dataclasses.asdict(self.curvature), "noise_scale": self.curvature.noise_scale},
             "critical_batch_size": self.critical_batch_size,
+            "derived": dataclasses.asdict(self.derived),
             "batch_sizes": self.batch_sizes,
             "limits": [self.limit(size) for size in self.batch_sizes],
             "recommended": [self.rate(size) for size in self.batch_sizes],
@@ -179,21 +248,35 @@ class Analysis:
         }
 
     def __str__(self) -> str:
-        """The table as plain text, with the recommended rate."""
-        lines = [f"{name:24} {value:12.5g}  {remark}" for name, value, remark in self.rows()]
-        return "\n".join([*lines, f"recommended, full batch: {self.reason(None)}"])
+        """The recommendation, and the table as plain text."""
+        lines = [f"{name:28} {value:12.5g}  {remark}" for name, value, remark in self.rows()]
+        return "\n".join([f"recommended: {self.reason(self.derived.probe_batch_size)}", *lines])
 
 
 def analyse(
-    loss: Loss, params: ArrayTree, batch: Any, *, key: Array, tol: float = 1e-3, num_probes: int = 32
+    loss: Loss,
+    params: ArrayTree,
+    batch: Any,
+    *,
+    key: Array,
+    make_optimizer: MakeOptimizer = optax.sgd,
+    batch_sizes: Sequence[int] | None = None,
+    tol: float = 1e-3,
+    num_probes: int = 32,
 ) -> Analysis:
-    """The learning rates that curvature and noise allow at ``params``.
+    """The learning rates that curvature and noise allow an optimizer that begins at ``params``.
 
     Args:
-      loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
-      params: the point.
-      batch: N >= 3 examples, or a data set in batches; that is gone through once a Hessian product and twice a probe.
-      key: a `jax.random.key` for start vectors and probes.
+      loss: ``loss(params, batch) -> scalar``, a mean over independent examples. One of `jaxnet.losses.mean_loss` is
+        looked at by its Gauss–Newton matrices, any other by its Hessians.
+      params: the point where training begins.
+      batch: N >= 3 examples, or a data set in batches; that is gone through once a Hessian product and twice a probe,
+        and its batches are the steps of the probe run.
+      key: a `jax.random.key` for start vectors, probes and the order of the probe run.
+      make_optimizer: what trains, as `jaxnet.training.fit` takes it: `optax.sgd`, `optax.adamw`, or a function of the
+        rate that makes a chain; see the table of optimizers in the documentation. Its update is to be in proportion to
+        the rate. Clipping is taken as not in force, and a schedule at its height.
+      batch_sizes: the B to look at; by default 1, 8, 64, … and N.
       tol: relative accuracy of λ_max.
       num_probes: random probes for tr(HΣ).
 
@@ -201,13 +284,17 @@ def analyse(
       An `Analysis`; printed, it is a table.
 
     Raises:
-      TypeError: the arguments do not fit the contract.
+      TypeError: the arguments do not fit the contract, or the optimizer is none of those.
+      ValueError: a batch size is not in 1…N.
       UserError: the loss or its curvature is not finite; or there is no positive curvature, so that no rate follows
         from it; or the loss is no mean of independent examples.
     """
     batch = dataset.of(batch)
     contract.check(loss, params, dataset.first(batch))
-    curvature_key, probe_key = jax.random.split(key)
+    params = jax.tree.map(jnp.asarray, params)
+    n = dataset.num_examples(batch)
+    sizes = _sizes(batch_sizes, n)
+    curvature_key, probe_key, derived_key = jax.random.split(key, 3)
     sharp = sharpness(loss, params, batch, key=curvature_key, tol=tol, sampling_error=True)
     noise = noise_scale(loss, params, batch)
     value = float(sharp.value)
@@ -221,7 +308,24 @@ def analyse(
         )
     check_independent(loss, params, batch)
     curvature = noisy_curvature(loss, params, batch, key=probe_key, num_probes=num_probes)
-    return Analysis(sharp, noise, curvature, dataset.num_examples(batch))
+    derived = derive(loss, params, batch, make_optimizer, sizes, key=derived_key, tol=tol)
+    return Analysis(sharp, noise, curvature, derived, n, _name(make_optimizer))
+
+
+def _sizes(batch_sizes: Sequence[int] | None, n: int) -> tuple[int, ...]:
+    if batch_sizes is None:
+        return (*(8**i for i in range(10) if 8**i < n), n)
+    if not len(batch_sizes):
+        raise ValueError("batch_sizes: expected at least one")
+    return tuple(sorted({check_batch_size(size, n) for size in batch_sizes}))
+
+
+def _name(make_optimizer: Any) -> str:
+    """The maker's name, with what a partial gives it."""
+    if isinstance(make_optimizer, functools.partial):
+        given = ", ".join(f"{name}={value}" for name, value in make_optimizer.keywords.items())
+        return f"{_name(make_optimizer.func)}({given})"
+    return str(getattr(make_optimizer, "__name__", type(make_optimizer).__name__))
 
 
 def _not_finite(loss: Loss, params: ArrayTree, batch: Any) -> list[str]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,17 @@ import optax
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, UserError
-from jaxnet.curvature import LinearOperator, eigsh, hessian
+from jaxnet.curvature import eigsh, hessian
+from jaxnet.learning_rate._response import (
+    alternating,
+    by_role,
+    collect,
+    driven,
+    frozen,
+    linearise,
+    nonlinearity,
+    own_rate,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -21,15 +30,18 @@ class Stability:
 
     Attributes:
       rate: η, the rate at this state.
-      limit: the largest stable rate.
+      limit: the largest stable rate; NaN where this state has none.
       vector: a unit vector like params, R^-½ times the direction that oscillates first; a warm start for the next call.
+        Zeros where there is no limit.
       num_matvecs: Hessian products spent.
+      reason: why there is no limit in this state, in words; empty where there is one.
     """
 
     rate: Array
     limit: Array
     vector: ArrayTree
     num_matvecs: Array
+    reason: str = dataclasses.field(default="", metadata={"static": True})
 
     @property
     def ratio(self) -> Array:
@@ -75,13 +87,17 @@ def stability(
       v0: a start vector, such as ``vector`` of a state nearby.
 
     Returns:
-      A `Stability`.
+      A `Stability`. Along a run that is well there are states without a limit: second moments that no gradient has
+      reached yet, a schedule at 0, clipping in force, a loss that curves upwards nowhere, or a ``tol`` that the
+      products allowed do not reach. The limit is then NaN, and ``reason`` says why.
 
     Raises:
-      TypeError, ValueError: the arguments do not fit the contract or each other, or are in half precision; a part of
-        the optimizer is none of those known; no gradient has reached the second moments yet; the update is not linear
-        in the gradient (clipping in force, a sign, a norm); a value is not finite; or nothing curves upwards, so that
-        no rate follows.
+      TypeError: the arguments are in half precision; a part of the optimizer is none of those known, or there are two
+        momenta; or its update is not linear in the gradient however small that is (a sign, a norm). All of this shows
+        at the first call.
+      ValueError: the arguments do not fit the contract or each other; the update goes up the gradient; or its rate
+        cannot be told.
+      UserError: a value is not finite.
 
     Reference:
       Cohen et al., "Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability", 2021, appendix B;
@@ -103,101 +119,27 @@ def stability(
         raise UserError(f"not finite: {', '.join(where)}")
     found = _respond(optimizer, opt_state, params, value, grad)
     _check_response(found)
-    op = hessian(loss, params, batch)
-    op = LinearOperator(_alternating, op.space, (op, found.root, found.decay))
-    pairs = eigsh(op, tol=tol, key=key, v0=v0)
-    top = float(pairs.values[0])
+    reason = _no_limit(opt_state, found)
+    if reason:
+        return _without(reason, found.rate, params)
+    pairs = eigsh(alternating(hessian(loss, params, batch), found.root, found.decay), tol=tol, key=key, v0=v0)
+    top, spent = float(pairs.values[0]), pairs.num_matvecs
     if not top > 0:
-        raise ValueError(
-            f"loss: along the update its largest curvature is {top:.3g}, not positive, so no rate follows from it; "
-            "is the loss flat, concave or not finite at these params?"
-        )
+        return _without(f"along the update the largest curvature is {top:.3g}, not positive", found.rate, params, spent)
     if not pairs.converged:
-        raise ValueError(
-            f"tol: not reached in {int(pairs.num_matvecs)} products; allow more than {tol}, or use float64"
-        )
-    limit = found.rate * 2 / pairs.values[0]
-    return Stability(found.rate, limit, jax.tree.map(lambda x: x[0], pairs.vectors), pairs.num_matvecs)
+        return _without(f"tol = {tol:.3g} was not reached; ask for less, or use float64", found.rate, params, spent)
+    return Stability(found.rate, found.rate * 2 / pairs.values[0], jax.tree.map(lambda x: x[0], pairs.vectors), spent)
 
 
-def _alternating(operands: Any, v: ArrayTree) -> ArrayTree:
-    """R^½ H R^½ + D."""
-    op, root, decay = operands
-    curved = op @ jax.tree.map(jnp.multiply, root, v)
-    return jax.tree.map(lambda r, h, d, x: r * h + d * x, root, curved, decay, v)
-
-
-class _Fields(NamedTuple):
-    """What the fields of an optax state are: momentum moves with the params, averages hardly move in a step.
-
-    ``sums`` are those momenta that add gradients up instead of averaging.
-    """
-
-    momentum: tuple[str, ...] = ()
-    sums: tuple[str, ...] = ()
-    squares: tuple[str, ...] = ()
-    means: tuple[str, ...] = ()
-    counts: tuple[str, ...] = ()
-
-
-# By name, since not all of them are public.
-_STATES = {
-    "EmptyState": _Fields(),
-    "ScaleByScheduleState": _Fields(),
-    "WeightDecaySchedule": _Fields(),
-    "TraceState": _Fields(momentum=("trace",), sums=("trace",)),
-    "EmaState": _Fields(momentum=("ema",), counts=("count",)),
-    "ScaleByAdamState": _Fields(momentum=("mu",), squares=("nu",), counts=("count",)),
-    "ScaleByAmsgradState": _Fields(momentum=("mu",), squares=("nu", "nu_max"), counts=("count",)),
-    "ScaleByRssState": _Fields(squares=("sum_of_squares",)),
-    "ScaleByRmsState": _Fields(squares=("nu",)),
-    "ScaleByRmsWithCountState": _Fields(squares=("nu",), counts=("count",)),
-    "ScaleByRStdDevState": _Fields(squares=("nu",), means=("mu",)),
-    "ScaleByRStdDevWithCountState": _Fields(squares=("nu",), means=("mu",), counts=("count",)),
-}
-_WRAPPERS = {
-    "InjectStatefulHyperparamsState": "inner_state",
-    "InjectHyperparamsState": "inner_state",
-    "MaskedState": "inner_state",
-    "PartitionState": "inner_states",
-}
-
-
-def _map(role: str, f: Callable[..., Any], state: Any, *rest: Any) -> Any:
-    """``state`` with f applied to its fields of one role, and to those of states like it."""
-    name = type(state).__name__
-    if isinstance(state, dict):
-        return {k: _map(role, f, x, *(other[k] for other in rest)) for k, x in state.items()}
-    if name in _WRAPPERS:
-        names, apply = (_WRAPPERS[name],), lambda *inner: _map(role, f, *inner)
-    elif name in _STATES:
-        names, apply = getattr(_STATES[name], role), f
-    elif type(state) in (tuple, list):
-        return type(state)(_map(role, f, *parts) for parts in zip(state, *rest, strict=True))
-    else:
-        raise ValueError(
-            f"optimizer: an update with {type(state).__name__} is not known to be linear (those of momentum, of second "
-            "moments like Adam's, of decay and schedules are); find where it fails by learning_rate.range_test"
-        )
-    return state._replace(**{n: apply(*(getattr(s, n) for s in (state, *rest))) for n in names})
-
-
-def _collect(role: str, state: Any) -> list[Any]:
-    found: list[Any] = []
-    _map(role, found.append, state)
-    return found
+def _without(reason: str, rate: Array, params: ArrayTree, num_matvecs: Array | int = 0) -> Stability:
+    zeros = optax.tree.zeros_like(params)
+    return Stability(rate, jnp.full_like(rate, jnp.nan), zeros, jnp.asarray(num_matvecs), reason)
 
 
 def _check_known(opt_state: Any) -> None:
-    momenta = len(_collect("momentum", opt_state))
+    momenta = len(collect("momentum", opt_state))
     if momenta > 1:
-        raise ValueError(f"optimizer: expected at most one momentum, got {momenta}; two have no limit in closed form")
-    squares = _collect("squares", opt_state)
-    if squares and not any(jnp.any(x != 0) for x in jax.tree.leaves(squares)):
-        raise ValueError(
-            "opt_state: its second moments have seen no gradient, so the update has no scale (ν̂ = 0/0) and no limit; "
-            "train for some steps first"
-        )
+        raise TypeError(f"optimizer: expected at most one momentum, got {momenta}; two have no limit in closed form")
 
 
 def _check_precision(params: ArrayTree, opt_state: Any) -> None:
@@ -210,7 +152,7 @@ def _check_precision(params: ArrayTree, opt_state: Any) -> None:
 
 class _Response(NamedTuple):
     """√R and D; of R the least and the largest, and whether both are finite; η, and by how much it differs between
-    elements; the share of the next update that is not linear.
+    elements; the share of the next update that is not linear, and of one by a gradient next to nothing.
     """
 
     root: ArrayTree
@@ -221,10 +163,7 @@ class _Response(NamedTuple):
     rate: Array
     spread: Array
     nonlinear: Array
-
-
-Update = Callable[[Any, Any, Any], tuple[Any, Any]]
-Linear = Callable[[Any, Any, Any], tuple[Any, Any]]
+    always_nonlinear: Array
 
 
 @functools.partial(dataset.jit, static_argnames="loss")
@@ -243,12 +182,12 @@ def _respond(
         return extended.update(g, state, p, value=value, grad=grad)
 
     _, after = update(grad, opt_state, params)
-    rate, spread = _rate(update, opt_state, params)
+    rate, spread = own_rate(update, opt_state, params)
     injected = [x for _, x in optax.tree.get_all_with_path(after, "learning_rate", lambda _, x: hasattr(x, "dtype"))]
     if len(injected) == 1:
         rate, spread = injected[0].astype(rate.dtype), jnp.zeros_like(spread)
-    linear = _linearise(update, _frozen(update, _map("counts", lambda t: t - 1, opt_state), opt_state, params), params)
-    response, decay = optax.tree.scale(-1, (_driven(linear, -1, 1, 0), _driven(linear, -1, 0, 1)))
+    linear = linearise(update, frozen(update, by_role("counts", lambda t: t - 1, opt_state), opt_state, params), params)
+    response, decay = optax.tree.scale(-1, (driven(linear, -1, 1, 0), driven(linear, -1, 0, 1)))
     return _Response(
         root=jax.tree.map(jnp.sqrt, response),
         decay=decay,
@@ -257,104 +196,31 @@ def _respond(
         finite=jnp.isfinite(optax.tree.sum((response, decay))),
         rate=rate,
         spread=spread,
-        nonlinear=_nonlinear(update, opt_state, params, grad),
+        nonlinear=nonlinearity(update, opt_state, params, grad),
+        always_nonlinear=nonlinearity(
+            update,
+            by_role("momentum", functools.partial(optax.tree.scale, _SMALL), opt_state),
+            params,
+            optax.tree.scale(_SMALL, grad),
+        ),
     )
 
 
-def _filled(value: float, tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.full_like(x, value), tree)
+# No clip is in force on a gradient that is multiplied by this; a sign or a norm shows all the same.
+_SMALL = 2.0**-40
 
 
-def _frozen(update: Update, state: Any, wanted: Any, params: ArrayTree) -> Any:
-    """``state`` with those averages that an update by no gradient takes to the averages of ``wanted``."""
-    # Of a parameter that never had a gradient the root's derivative would be infinite.
-    floor = lambda x: jnp.where(x == 0, jnp.finfo(x.dtype).tiny / jnp.finfo(x.dtype).eps, x)
-    for role in ("squares", "means"):
-        state = _map(role, lambda _, x: jax.tree.map(floor, x), state, wanted)
-    _, later = update(_filled(0, params), state, params)
-    for role in ("squares", "means"):
-        state = _map(role, lambda x, y: jax.tree.map(lambda x, y: x * (x / y), x, y), state, later)
-    return state
-
-
-def _linearise(update: Update, frozen: Any, params: ArrayTree) -> Linear:
-    """(δg, δm, δω) → (δu, δm′) about no gradient and no momentum, where averages of squares stand still.
-
-    A number stands for a pytree filled with it.
-    """
-
-    def step(g: ArrayTree, momentum: list[ArrayTree], p: ArrayTree) -> tuple[ArrayTree, list[ArrayTree]]:
-        given = iter(momentum)
-        u, after = update(g, _map("momentum", lambda _: next(given), frozen), p)
-        return u, _collect("momentum", after)
-
-    origin = (_filled(0, params), _filled(0, _collect("momentum", frozen)), params)
-    tangent = jax.linearize(step, *origin)[1]
-    tree = lambda x, like: _filled(x, like) if isinstance(x, int) else x
-    return lambda *given: tangent(*map(tree, given, origin))
-
-
-def _driven(linear: Linear, z: int, gradient: int, weights: int) -> ArrayTree:
-    """The update in answer to gradients, or params, that have been multiplied by z at each step for ever."""
-    _, fed = linear(gradient, 0, weights)
-    _, kept = linear(0, 1, 0)
-    return linear(gradient, jax.tree.map(lambda c, e: c / (z - e), fed, kept), weights)[0]
-
-
-def _rate(update: Update, opt_state: Any, params: ArrayTree) -> tuple[Array, Array]:
-    """η: what a steady gradient of 1 moves the params by, second moments being 1 and a sum of momentum an average.
-
-    ε plays no part beside moments that are large, nor the correction of averages after many steps.
-    """
-
-    def at(square: float, count: int) -> ArrayTree:
-        wanted = _map("squares", lambda x: _filled(square, x), opt_state)
-        wanted = _map("means", lambda x: _filled(0, x), wanted)
-        far = _map("counts", lambda t: jnp.full_like(t, count), opt_state)
-        linear = _linearise(update, _frozen(update, far, wanted, params), params)
-        steady = optax.tree.scale(-(square**0.5) if _collect("squares", opt_state) else -1, _driven(linear, 1, 1, 0))
-        if not _collect("sums", opt_state):
-            return steady
-        average = lambda e, r: r if isinstance(e, optax.MaskedNode) else r * (1 - e)
-        return jax.tree.map(average, linear(0, 1, 0)[1][0], steady, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-
-    # Twice, so that what is no root of a second moment, or not corrected yet, shows.
-    rates, others = at(2.0**48, 2**30), at(2.0**44, 2**29)
-    rate = jnp.stack([x.max() for x in jax.tree.leaves(rates)]).max()
-    differ = lambda x: jnp.where(x == 0, 0, jnp.abs(x - rate)).max()
-    return rate, jnp.stack([differ(x) for x in jax.tree.leaves((rates, others))]).max()
-
-
-def _nonlinear(update: Update, opt_state: Any, params: ArrayTree, grad: ArrayTree) -> Array:
-    """How far the next update is from linear, element by element, in all but its second moments; relative."""
-    updates, after = update(grad, opt_state, params)
-    # The linear part is taken about no gradient and no momentum, with the second moments that the step leads to. What a
-    # linear update with those moments would do is then known before it is compared with what the optimizer does do: a
-    # clip in force, or a sign, is linear about 0 and differs from that here.
-    linear = _linearise(update, _frozen(update, opt_state, after, params), params)
-    expected, _ = linear(grad, _collect("momentum", opt_state), params)
-    # A linear map need not be a diagonal one, which the limit assumes: the answer to a gradient of ones, times the
-    # gradient, has to be the answer to the gradient. A norm's derivative, which mixes the elements, fails here.
-    by_element = jax.tree.map(jnp.multiply, linear(1, 0, 0)[0], grad)
-    pairs = ((updates, expected), (linear(grad, 0, 0)[0], by_element))
-    apart = [optax.tree.norm(optax.tree.sub(a, b)) for a, b in pairs]
-    size = optax.tree.norm(updates)
-    return jnp.stack(apart).max() / jnp.where(size == 0, 1, size)
+def _linear(share: Array) -> bool:
+    return bool(share <= float(jnp.finfo(share.dtype).eps) ** 0.5)
 
 
 def _check_response(found: _Response) -> None:
-    tolerance = float(jnp.finfo(found.rate.dtype).eps) ** 0.5
-    if not found.nonlinear <= tolerance:
-        raise ValueError(
-            "optimizer: its update is not linear in the gradient here (is clipping in force, does it take a sign, or "
-            "divide by a norm?), so it has no limit of this kind; find where it fails by learning_rate.range_test"
+    """Raise what is true of the optimizer, in whatever state."""
+    if not _linear(found.always_nonlinear):
+        raise TypeError(
+            "optimizer: its update is not linear in the gradient (does it take a sign, or divide by a norm?), so it "
+            "has no limit of this kind; find where it fails by learning_rate.range_test"
         )
-    if found.least == found.largest == 0:
-        raise ValueError(
-            "optimizer: its rate is 0 in this state (a schedule's start or end?), and no multiple of it is a limit"
-        )
-    if not found.finite:
-        raise ValueError("opt_state: its averages are not corrected yet (a count of 0); train for some steps first")
     if found.least < 0:
         raise ValueError("optimizer: its update goes up the gradient; is the sign of the rate right?")
     if not found.spread <= 1e-3 * found.rate:
@@ -362,3 +228,17 @@ def _check_response(found: _Response) -> None:
             "optimizer: its rate cannot be told from its update (parts with several rates, or moments unlike Adam's); "
             "wrap its maker, optax.inject_hyperparams(maker)(learning_rate=...), so that the state names it"
         )
+
+
+def _no_limit(opt_state: Any, found: _Response) -> str:
+    """Why there is no limit in this state, which may pass; or nothing."""
+    squares = collect("squares", opt_state)
+    if squares and not any(jnp.any(x != 0) for x in jax.tree.leaves(squares)):
+        return "the second moments have seen no gradient yet"
+    if not found.finite:
+        return "the averages are not corrected yet (a count of 0)"
+    if not _linear(found.nonlinear):
+        return "the update is not linear in the gradient here (is clipping in force?)"
+    if found.least == found.largest == 0:
+        return "the rate is 0 in this state (a schedule's start or end)"
+    return ""

@@ -204,25 +204,30 @@ def with_matrix(params, batch):
     return jnp.mean(batch) * jnp.sum(params["w"] ** 2 * jnp.arange(1.0, 7).reshape(2, 3))
 
 
-WORDS = {
+# States that a run passes through, and why there is no limit in them.
+PASSING = {
     "fresh": (optax.adam(1e-3), "seen no gradient"),
     "fresh, no count": (optax.rmsprop(1e-3), "seen no gradient"),
     "fresh average": (optax.chain(optax.ema(0.9), optax.scale(-0.1)), "a count of 0"),
-    "sign": (optax.sign_sgd(0.1), "does it take a sign"),
-    "signum": (optax.signum(0.1), "does it take a sign"),
-    "lion": (optax.lion(0.1), "ScaleByLionState is not known"),
     "clipped": (optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)), "is clipping in force"),
     "clipped by element": (optax.chain(optax.clip(3.0), optax.sgd(0.1)), "is clipping in force"),
     "clipped updates": (optax.chain(optax.sgd(0.1, momentum=0.9), optax.clip(0.3)), "is clipping in force"),
+    "polyak": (optax.polyak_sgd(0.1), "not linear in the gradient here"),
+    "before a warm-up": (optax.sgd(optax.linear_schedule(0.0, 0.1, 10)), "rate is 0 in this state"),
+}
+# Optimizers that have none in any state.
+REFUSED = {
+    "sign": (optax.sign_sgd(0.1), "does it take a sign"),
+    "signum": (optax.signum(0.1), "does it take a sign"),
+    "lion": (optax.lion(0.1), "ScaleByLionState is not known"),
     "lars": (optax.lars(0.1), "divide by a norm"),
+    "lamb": (optax.lamb(0.1), "divide by a norm"),
     "centred": (optax.chain(optax.centralize(), optax.sgd(0.1)), "not linear in the gradient"),
-    "polyak": (optax.polyak_sgd(0.1), "not linear in the gradient"),
     "adafactor": (optax.adafactor(0.1), "FactoredState is not known"),
     "noise": (optax.noisy_sgd(0.1, key=0), "AddNoiseState is not known"),
     "accumulated": (optax.MultiSteps(optax.sgd(0.1), 3), "MultiStepsState is not known"),
     "two momenta": (optax.chain(optax.trace(0.9), optax.sgd(0.1, momentum=0.5)), "at most one momentum, got 2"),
     "uphill": (optax.sgd(-0.1), "goes up the gradient"),
-    "no rate": (optax.sgd(optax.linear_schedule(0.0, 0.1, 10)), "rate is 0 in this state"),
     "two rates": (
         optax.partition({"x": optax.sgd(0.1), "y": optax.sgd(0.2)}, {"v": "x", "w": "y"}),
         "several rates",
@@ -230,13 +235,45 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("name", WORDS)
-def test_where_it_has_no_meaning_words_say_so(name):
-    optimizer, words = WORDS[name]
+def of_first_call(optimizer):
     params = {"v": jnp.ones(2), "w": jnp.ones((2, 3))}
     loss = lambda p, batch: with_matrix(p, batch) + jnp.sum(p["v"] ** 2)
-    with pytest.raises(ValueError, match=words):
-        stability(loss, params, BATCH, optimizer, optimizer.init(params), key=KEY)
+    return stability(loss, params, BATCH, optimizer, optimizer.init(params), key=KEY)
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_a_run_that_is_well_goes_on(name):
+    optimizer, words = PASSING[name]
+    found = of_first_call(optimizer)
+    assert np.isnan(found.limit)
+    assert words in found.reason
+    assert found.num_matvecs == 0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_limit_is_refused_at_the_first_call(name):
+    optimizer, words = REFUSED[name]
+    with pytest.raises(ValueError if name in ("uphill", "two rates") else TypeError, match=words):
+        of_first_call(optimizer)
+
+
+def test_along_a_whole_schedule(x64):
+    """Adam behind a clip, warmed up from 0 and decayed to 0: a number wherever there is one."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 3, 10)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    update, state = training.make_update(quadratic, optimizer), training.init_state(_params(), optimizer)
+    found = []
+    for _ in range(12):
+        found.append(stability(quadratic, state.params, BATCH, optimizer, state.opt_state, key=KEY))
+        state, _ = update(state, BATCH)
+    clipped = [s.reason.startswith("the update is not linear") for s in found]
+    rates = np.array([float(s.rate) for s in found])
+    np.testing.assert_allclose(rates, [float(schedule(t)) for t in range(12)], rtol=1e-5, atol=1e-12)
+    known = np.array([np.isfinite(s.limit) for s in found])
+    assert not known[0]
+    assert not known[10:].any()
+    np.testing.assert_array_equal(known[1:10], ~np.array(clipped[1:10]))
+    assert known.any()
 
 
 def test_a_preconditioner_that_is_no_root_needs_its_rate_named(x64):
@@ -263,6 +300,13 @@ def test_half_precision_is_refused(half):
         stability(quadratic, params, BATCH, optimizer, optimizer.init(params), key=KEY)
 
 
+def test_where_nothing_curves_upwards():
+    params, optimizer = {"w": jnp.ones((2, 3))}, optax.sgd(0.1)
+    found = stability(lambda p, b: -with_matrix(p, b), params, BATCH, optimizer, optimizer.init(params), key=KEY)
+    assert np.isnan(found.limit)
+    assert "not positive" in found.reason
+
+
 def test_bad_arguments():
     params = {"w": jnp.ones((2, 3))}
     optimizer = optax.sgd(0.1)
@@ -271,7 +315,5 @@ def test_bad_arguments():
         stability(with_matrix, params, BATCH, optax.sgd, None, key=KEY)
     with pytest.raises(ValueError, match="opt_state: expected the state of this optimizer"):
         stability(with_matrix, params, BATCH, optimizer, optax.adam(0.1).init(params), key=KEY)
-    with pytest.raises(ValueError, match="not positive"):
-        stability(lambda p, b: -with_matrix(p, b), params, BATCH, optimizer, state, key=KEY)
     with pytest.raises(UserError, match=r"not finite: .*params\['w'\]"):
         stability(with_matrix, {"w": jnp.full((2, 3), jnp.nan)}, BATCH, optimizer, state, key=KEY)

@@ -1,0 +1,224 @@
+"""A rate for an optimizer at a batch size: from where training begins, and from where a short run leads."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnet import contract, dataset
+from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, UserError
+from jaxnet.curvature import eigsh, hessian
+from jaxnet.data import reshuffled
+from jaxnet.learning_rate._point import Point, limits, look, with_errors
+from jaxnet.learning_rate._point import greedy as greedy_of
+from jaxnet.learning_rate._response import alternating, check_proportional
+from jaxnet.training import init_state, make_update, trajectory
+
+# So many examples are looked at, or an eighth of all; of few a quarter, and no fewer than the last.
+_SAMPLE, _FEWEST = 256, 32
+# Steps of the probe run at least, and how often it may fail and begin anew at a quarter of its rate.
+_STEPS, _TRIES = 8, 4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DerivedRates:
+    """The rates of an optimizer at S batch sizes, and what they follow from; arrays are (S,).
+
+    Attributes:
+      rate: √(greedy · ½ later_limit), the rate to train at.
+      greedy: g·Rg/(Rg·CRg + p tr(RCRΣ)), which lowers the expected loss most in one step from here.
+      largest: λ_max(R^½HR^½ + D) here, on all examples, for a rate of 1.
+      scatter: p q, what noise adds to it: 2/(λ + p q) is where the mean square begins to grow.
+      sharpest: p Var(v′C_nv)/λ, the least that it adds, along the sharpest direction v.
+      worst: p max tr C_n, more than it adds.
+      later_limit: 2/(λ + p q) where the probe run ended.
+      *_error: standard errors, over the random directions and the examples used.
+      probe_rate: the rate of the probe run.
+      probe_losses: the loss before it and after it.
+      num_gradients: the cost, in gradients of all N examples, for each batch size.
+      batch_sizes: B, rising.
+      probe_batch_size: of the probe run.
+    """
+
+    rate: Array
+    rate_error: Array
+    greedy: Array
+    greedy_error: Array
+    largest: Array
+    scatter: Array
+    scatter_error: Array
+    sharpest: Array
+    worst: Array
+    later_limit: Array
+    later_limit_error: Array
+    probe_rate: Array
+    probe_losses: Array
+    num_gradients: Array
+    batch_sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    probe_batch_size: int = dataclasses.field(metadata={"static": True})
+
+
+def derive(
+    loss: Loss,
+    params: ArrayTree,
+    data: Any,
+    make_optimizer: MakeOptimizer,
+    batch_sizes: tuple[int, ...],
+    *,
+    key: Array,
+    tol: float,
+) -> DerivedRates:
+    """The rates of an optimizer at each batch size.
+
+    Args:
+      loss: a mean over independent examples.
+      params: the point where training begins.
+      data: N examples, or a `dataset.Stream`, whose batches are then the probe run's.
+      make_optimizer: a maker such as `optax.adam`.
+      batch_sizes: rising, from 1 to N.
+      key: for the examples used, the random directions and the probe run's order.
+      tol: relative accuracy of ``largest``.
+
+    Raises:
+      TypeError: the optimizer's update is not proportional to a small gradient, or a part of it is not known.
+      UserError: no rate follows, or no probe run lowers the loss.
+    """
+    check_proportional(make_optimizer, params)
+    n = dataset.num_examples(data)
+    sample_key, look_key, probe_key = jax.random.split(key, 3)
+    sample, used = _sample(data, n, sample_key)
+    at = functools.partial(look, loss, make_optimizer, sample, n, batch_sizes, look_key)
+    here = at(params, whole=True)
+    greedy, greedy_error = greedy_of(here)
+    limit, _ = limits(here)
+    if not (np.isfinite(greedy) & (greedy > 0) & np.isfinite(limit)).all():
+        raise UserError(
+            f"no rate follows from the gradient, its noise and the curvature at these params: a step of "
+            f"{float(greedy[0]):.3g}, a limit of {float(limit[0]):.3g}; is the loss flat there, or at its minimum?"
+        )
+    middle = int(np.argmin(np.abs(np.log(np.square(batch_sizes) / (batch_sizes[0] * batch_sizes[-1])))))
+    size = batch_sizes[middle]
+    steps = max(_STEPS, -(-n // size))
+    first = min(greedy[middle], limit[middle] / 2)
+    spent = 0.0
+    for _ in range(_TRIES):
+        after, losses = _probe(loss, make_optimizer, params, data, sample, first, probe_key, size=size, steps=steps)
+        spent += (steps * size + 2 * used) / n
+        if losses[1] < losses[0]:
+            break
+        # The quadratic model promised a gain, and there was none: it holds less far than it says.
+        first, greedy = first / 4, greedy / 4
+    else:
+        raise UserError(
+            f"no probe run of {steps} steps lowers the loss, {float(losses[0]):.3g}; the last at {first:.3g}"
+        )
+    there = at(after, whole=False)
+    later, later_error = limits(there)
+    rate = np.sqrt(greedy * later / 2)
+    looked = np.array([a.num_gradients + b.num_gradients for a, b in zip(here, there, strict=True)]) * used / n
+    scatter, scatter_error = with_errors(here, "scatter")
+    arrays = {
+        "rate": rate,
+        "rate_error": rate / 2 * np.hypot(greedy_error / greedy, later_error / later),
+        "greedy": greedy,
+        "greedy_error": greedy_error,
+        "largest": _largest(loss, params, data, here, key=look_key, tol=tol),
+        "scatter": scatter,
+        "scatter_error": scatter_error,
+        "sharpest": [point.sharpest for point in here],
+        "worst": [point.worst for point in here],
+        "later_limit": later,
+        "later_limit_error": later_error,
+        "probe_rate": first,
+        "probe_losses": losses,
+        "num_gradients": looked + spent,
+    }
+    return DerivedRates(
+        **{name: jnp.asarray(values) for name, values in arrays.items()}, batch_sizes=batch_sizes, probe_batch_size=size
+    )
+
+
+def _largest(loss: Loss, params: ArrayTree, data: Any, points: list[Point], *, key: Array, tol: float) -> np.ndarray:
+    """λ_max(R^½HR^½ + D) for each batch size, each search from the last one's vector."""
+    values: list[float] = []
+    before, vector = None, None
+    for point in points:
+        root, decay = point.response
+        # Without second moments R does not depend on the batch size.
+        same = before is not None and all(map(np.array_equal, *map(jax.tree.leaves, (before, point.response))))
+        if not same:
+            pairs = eigsh(alternating(hessian(loss, params, data), root, decay), tol=tol, key=key, v0=vector)
+            value, vector = float(pairs.values[0]), jax.tree.map(lambda x: x[0], pairs.vectors)
+        values.append(value)
+        before = point.response
+    return np.array(values)
+
+
+def _sample(data: Any, n: int, key: Array) -> tuple[Any, int]:
+    """Some of the examples: so many that the cost stays within a few gradients of all of them."""
+    used = min(n, max(n // 8, min(n // 4, _SAMPLE), _FEWEST))
+    if dataset.on_host(data) or used == n:
+        return data, n
+    rows = jax.random.choice(key, n, (used,), replace=False)
+    return jax.tree.map(lambda x: jnp.asarray(x)[rows], data), used
+
+
+def _probe(
+    loss: Loss,
+    make_optimizer: MakeOptimizer,
+    params: ArrayTree,
+    data: Any,
+    sample: Any,
+    rate: float,
+    key: Array,
+    *,
+    size: int,
+    steps: int,
+) -> tuple[ArrayTree, np.ndarray]:
+    """Where so many steps at a rate lead, and the loss on the sample before and after."""
+    eta = jnp.asarray(rate, jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32))
+    value = lambda p: dataset.mean(_Value(loss), sample, p)
+    if dataset.on_host(data):
+        state, _ = trajectory(
+            functools.partial(_streamed_step, loss, make_optimizer, eta), _begin(make_optimizer, eta, params), data
+        )
+        after = state.params
+    else:
+        after = _run(loss, make_optimizer, params, data, eta, key, size=size, steps=steps)
+    return after, np.array([float(value(params)), float(value(after))])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Value:
+    loss: Loss
+
+    def __call__(self, batch: Any, params: ArrayTree) -> Array:
+        return self.loss(params, batch)
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "make_optimizer", "size", "steps"))
+def _run(
+    loss: Loss, make_optimizer: MakeOptimizer, params: ArrayTree, data: ArrayTree, rate: Array, key: Array, *,
+    size: int, steps: int,
+) -> ArrayTree:  # fmt: skip
+    n = contract.num_examples(data)
+    passes = -(-steps * size // n)
+    order = jax.vmap(lambda epoch: reshuffled(key, epoch, n))(jnp.arange(passes)).ravel()[: steps * size]
+    optimizer = make_optimizer(rate)
+    update = make_update(loss, optimizer)
+    step = lambda state, rows: update(state, jax.tree.map(lambda x: x[rows], data))
+    return trajectory(step, init_state(params, optimizer), order.reshape(steps, size))[0].params
+
+
+@functools.partial(jax.jit, static_argnames="make_optimizer")
+def _begin(make_optimizer: MakeOptimizer, rate: Array, params: ArrayTree) -> Any:
+    return init_state(params, make_optimizer(rate))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _streamed_step(loss: Loss, make_optimizer: MakeOptimizer, rate: Array, state: Any, batch: Any) -> Any:
+    return make_update(loss, make_optimizer(rate))(state, batch)

@@ -1,0 +1,175 @@
+"""What one step of an optimizer meets at a point: the slope, the curvature, and the scatter of both."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxnet import dataset
+from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
+from jaxnet.curvature import Eigensolver
+from jaxnet.learning_rate._forms import curvature, forms
+from jaxnet.learning_rate._response import alternating, settled
+from jaxnet.per_example import gradients
+
+# Random directions for tr(RCRΣ), and for the matrices' norms; the relative accuracy of λ.
+_NOISES, _PROBES, _TOLERANCE = 4, 6, 0.1
+# Examples whose forms are held at once.
+_AT_ONCE = 256
+
+
+class Point(NamedTuple):
+    """What one step of an optimizer meets at a point, for a rate of 1 and one batch size.
+
+    With R the settled step per gradient, C the curvature, Σ the covariance of the examples' gradients and p the share
+    of it that a batch keeps; pairs are a value and its standard error.
+
+    Attributes:
+      slope: g·Rg.
+      along: Rg·CRg.
+      noise: p tr(RCRΣ).
+      largest: λ = λ_max(R^½CR^½ + D), R in answer to what alternates.
+      scatter: p q, q = (E‖C_n‖² − ‖C‖²)/tr C of the examples' R^½C_nR^½, in Frobenius' norm.
+      sharpest: p Var(v′R^½C_nR^½v)/λ along the sharpest direction v: the least that noise adds to λ.
+      worst: p max tr(R^½C_nR^½) over the examples used: more than noise adds.
+      vector: v, from which the next search starts.
+      response: R for a gradient that alternates, and D.
+      num_gradients: the cost in gradients of the examples used; a product counts as three, a form as two.
+    """
+
+    slope: Any
+    along: Any
+    noise: Any
+    largest: Any
+    scatter: Any
+    sharpest: Any
+    worst: Any
+    vector: ArrayTree
+    response: Any
+    num_gradients: Any
+
+
+def noise_share(batch_size: int, n: int) -> float:
+    """p: the share of the examples' covariance in a batch of B of them, drawn without replacement."""
+    return (n - batch_size) / (batch_size * max(n - 1, 1))
+
+
+def look(
+    loss: Loss,
+    make_optimizer: MakeOptimizer,
+    data: Any,
+    n: int,
+    batch_sizes: tuple[int, ...],
+    key: Array,
+    params: ArrayTree,
+    *,
+    whole: bool,
+) -> list[Point]:
+    """What a step meets for each batch size; the search for λ starts from where the last one ended."""
+    vector, points = optax.tree.zeros_like(params), []
+    for size in batch_sizes:
+        share = jnp.asarray(noise_share(size, n))
+        point = _look(loss, make_optimizer, params, data, n, share, key, vector, whole=whole)
+        vector = point.vector
+        points.append(jax.tree.map(np.asarray, point._replace(vector=None)))
+    return points
+
+
+@functools.partial(dataset.jit, static_argnames=("loss", "make_optimizer", "whole"))
+def _look(
+    loss: Loss,
+    make_optimizer: MakeOptimizer,
+    params: ArrayTree,
+    data: Any,
+    n: Array | int,
+    share: Array,
+    key: Array,
+    vector: ArrayTree,
+    *,
+    whole: bool,
+) -> Point:
+    grads = gradients(loss, params, data)
+    used, mean, variance = grads.num_examples, grads.mean(), grads.variance()
+    # What the mean of these examples has too much of, beside that of all of them, wherever it is squared.
+    excess = 1 / used - 1 / n
+    share = share * (1 - 1 / n)  # of the unbiased covariance
+    squares = jax.tree.map(lambda m, v: jnp.maximum(m * m - excess * v, 0) + share * v, mean, variance)
+    steady, switching, decay = settled(make_optimizer, params, squares, mean)
+    op, root = curvature(loss, params, data), jax.tree.map(jnp.sqrt, switching)
+    search_key, noise_key, *probe_keys = jax.random.split(key, 4)
+    solver = Eigensolver(op.space, warm=True)
+    pairs, _ = solver.search(alternating(op, root, decay), solver.start(search_key, vector), _TOLERANCE)
+    largest, vector = pairs.values[0], jax.tree.map(lambda x: x[0], pairs.vectors)
+
+    times = functools.partial(jax.tree.map, jnp.multiply)
+    step = times(steady, mean)
+    signs = jax.random.rademacher(noise_key, (_NOISES if whole else 0, used), dtype=jnp.result_type(float))
+    noises = [times(steady, grads.weighted_sum((s - s.mean()) / jnp.sqrt(used - 1.0))) for s in signs]
+    half = jax.tree.map(jnp.sqrt, steady)
+    probes, others = ([times(half, z) for z in _random_signs(k, params)] for k in probe_keys)
+    lefts, rights = [step, *noises, times(root, vector), *probes, *probes], [step, *noises, times(root, vector)]
+    stack = lambda trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+    rows = forms(loss, params, data, stack(lefts), stack([*rights, *probes, *others]), size=_AT_ONCE)
+    along, noise, top, traces, crossed = jnp.split(rows, np.cumsum([1, len(noises), 1, _PROBES]), axis=1)
+
+    slope, slope_error = optax.tree.vdot(mean, step), 2 * _error(grads.vdot(step))
+    noisy = noise.mean(axis=0)
+    weighted = optax.tree.vdot(steady, variance)
+    # A gradient that these examples hardly resolve is not taken for less than a quarter of what they show.
+    slope = jnp.maximum(slope - excess * weighted, slope / 4)
+    bent = jnp.abs(along.mean())
+    spread = crossed.var(axis=0, ddof=1)
+    size = jnp.abs(traces.mean())
+    scatter = spread.mean() / size
+    scatter_error = jnp.hypot(_error(spread) / size, scatter * _error(traces.mean(axis=0)) / size)
+    # Per unit of what alternates, noise meets what a steady gradient would: 1/(1 − β) against 1/(1 + β) for a momentum.
+    ratios = jax.tree.map(lambda r, a: jnp.where(a > 0, r / jnp.where(a > 0, a, 1), 0), steady, switching)
+    ratio = optax.tree.vdot(vector, times(ratios, vector))
+    one = largest - optax.tree.vdot(vector, times(decay, vector))
+    return Point(
+        slope=(slope, slope_error),
+        along=(jnp.maximum(bent - excess * jnp.abs(noisy.mean()) if whole else bent, bent / 4), _error(along[:, 0])),
+        noise=(share * jnp.abs(noisy.mean()), share * _error(noisy)) if whole else None,
+        largest=(largest, _error(top[:, 0]) * jnp.sqrt(jnp.maximum(0, 1 - used / n))),
+        scatter=(share * scatter, share * scatter_error),
+        sharpest=share * ratio * top.var(ddof=1) / one,
+        worst=share * traces.mean(axis=1).max(),
+        vector=vector,
+        response=(root, decay),
+        num_gradients=3 * pairs.num_matvecs + 2 * rows.shape[1] + 3 + 2 * len(noises),
+    )
+
+
+def _random_signs(key: Array, params: ArrayTree) -> list[ArrayTree]:
+    return [optax.tree.random_like(k, params, jax.random.rademacher) for k in jax.random.split(key, _PROBES)]
+
+
+def _error(values: Array) -> Array:
+    """The standard error of a mean."""
+    return values.std(ddof=1) / values.shape[0] ** 0.5
+
+
+def with_errors(points: list[Point], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """One of the pairs, over the batch sizes."""
+    values = np.array([getattr(point, name) for point in points], dtype=float)
+    return values[:, 0], values[:, 1]
+
+
+def greedy(points: list[Point]) -> tuple[np.ndarray, np.ndarray]:
+    """g·Rg/(Rg·CRg + p tr(RCRΣ)) for each batch size, and its error."""
+    (slope, d_slope), (along, d_along), (noise, d_noise) = (with_errors(points, x) for x in ("slope", "along", "noise"))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rate, below = slope / (along + noise), along + noise
+        return rate, rate * np.sqrt((d_slope / slope) ** 2 + (d_along / below) ** 2 + (d_noise / below) ** 2)
+
+
+def limits(points: list[Point]) -> tuple[np.ndarray, np.ndarray]:
+    """2/(λ + p q) for each batch size, and its error."""
+    (largest, d_largest), (scatter, d_scatter) = with_errors(points, "largest"), with_errors(points, "scatter")
+    total = largest + scatter
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = np.where(total > 0, 2 / total, np.nan)
+        return found, found * np.hypot(d_largest, d_scatter) / total

@@ -1,0 +1,261 @@
+"""What an optimizer's update does to a gradient, asked of the update itself.
+
+With averages of squares held, an update is linear in the gradient, the momentum and the params, element by element.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxnet.contract import Array, ArrayTree, MakeOptimizer
+from jaxnet.curvature import LinearOperator
+
+Update = Callable[[Any, Any, Any], tuple[Any, Any]]
+Linear = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+class _Fields(NamedTuple):
+    """What the fields of an optax state are: momentum moves with the params, averages hardly move in a step.
+
+    ``sums`` are those momenta that add gradients up instead of averaging.
+    """
+
+    momentum: tuple[str, ...] = ()
+    sums: tuple[str, ...] = ()
+    squares: tuple[str, ...] = ()
+    means: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+    schedules: tuple[str, ...] = ()
+
+
+# By name, since not all of them are public.
+_STATES = {
+    "EmptyState": _Fields(),
+    "ScaleByScheduleState": _Fields(schedules=("count",)),
+    "WeightDecaySchedule": _Fields(),
+    "TraceState": _Fields(momentum=("trace",), sums=("trace",)),
+    "EmaState": _Fields(momentum=("ema",), counts=("count",)),
+    "ScaleByAdamState": _Fields(momentum=("mu",), squares=("nu",), counts=("count",)),
+    "ScaleByAmsgradState": _Fields(momentum=("mu",), squares=("nu", "nu_max"), counts=("count",)),
+    "ScaleByRssState": _Fields(squares=("sum_of_squares",)),
+    "ScaleByRmsState": _Fields(squares=("nu",)),
+    "ScaleByRmsWithCountState": _Fields(squares=("nu",), counts=("count",)),
+    "ScaleByRStdDevState": _Fields(squares=("nu",), means=("mu",)),
+    "ScaleByRStdDevWithCountState": _Fields(squares=("nu",), means=("mu",), counts=("count",)),
+}
+_WRAPPERS = {
+    "InjectStatefulHyperparamsState": "inner_state",
+    "InjectHyperparamsState": "inner_state",
+    "MaskedState": "inner_state",
+    "PartitionState": "inner_states",
+}
+
+
+def by_role(role: str, f: Callable[..., Any], state: Any, *rest: Any) -> Any:
+    """``state`` with f applied to its fields of one role, and to those of states like it."""
+    name = type(state).__name__
+    if isinstance(state, dict):
+        return {k: by_role(role, f, x, *(other[k] for other in rest)) for k, x in state.items()}
+    if name in _WRAPPERS:
+        names, apply = (_WRAPPERS[name],), lambda *inner: by_role(role, f, *inner)
+    elif name in _STATES:
+        names, apply = getattr(_STATES[name], role), f
+    elif type(state) in (tuple, list):
+        return type(state)(by_role(role, f, *parts) for parts in zip(state, *rest, strict=True))
+    else:
+        raise TypeError(
+            f"optimizer: an update with {type(state).__name__} is not known to be linear (those of momentum, of second "
+            "moments like Adam's, of decay and schedules are); find where it fails by learning_rate.range_test"
+        )
+    return state._replace(**{n: apply(*(getattr(s, n) for s in (state, *rest))) for n in names})
+
+
+def collect(role: str, state: Any) -> list[Any]:
+    """The fields of one role."""
+    found: list[Any] = []
+    by_role(role, found.append, state)
+    return found
+
+
+def filled(value: float, tree: Any) -> Any:
+    """A tree of one number."""
+    return jax.tree.map(lambda x: jnp.full_like(x, value), tree)
+
+
+def frozen(update: Update, state: Any, wanted: Any, params: ArrayTree) -> Any:
+    """``state`` with those averages that an update by no gradient takes to the averages of ``wanted``."""
+    # Of a parameter that never had a gradient the root's derivative would be infinite.
+    floor = lambda x: jnp.where(x == 0, jnp.finfo(x.dtype).tiny / jnp.finfo(x.dtype).eps, x)
+    for role in ("squares", "means"):
+        state = by_role(role, lambda _, x: jax.tree.map(floor, x), state, wanted)
+    _, later = update(filled(0, params), state, params)
+    for role in ("squares", "means"):
+        state = by_role(role, lambda x, y: jax.tree.map(lambda x, y: x * (x / y), x, y), state, later)
+    return state
+
+
+def linearise(update: Update, frozen: Any, params: ArrayTree) -> Linear:
+    """(δg, δm, δω) → (δu, δm′) about no gradient and no momentum, where averages of squares stand still.
+
+    A number stands for a pytree filled with it.
+    """
+
+    def step(g: ArrayTree, momentum: list[ArrayTree], p: ArrayTree) -> tuple[ArrayTree, list[ArrayTree]]:
+        given = iter(momentum)
+        u, after = update(g, by_role("momentum", lambda _: next(given), frozen), p)
+        return u, collect("momentum", after)
+
+    origin = (filled(0, params), filled(0, collect("momentum", frozen)), params)
+    tangent = jax.linearize(step, *origin)[1]
+    tree = lambda x, like: filled(x, like) if isinstance(x, int) else x
+    return lambda *given: tangent(*map(tree, given, origin))
+
+
+def driven(linear: Linear, z: int, gradient: int, weights: int) -> ArrayTree:
+    """The update in answer to gradients, or params, that have been multiplied by z at each step for ever."""
+    _, fed = linear(gradient, 0, weights)
+    _, kept = linear(0, 1, 0)
+    return linear(gradient, jax.tree.map(lambda c, e: c / (z - e), fed, kept), weights)[0]
+
+
+def own_rate(update: Update, opt_state: Any, params: ArrayTree) -> tuple[Array, Array]:
+    """η: what a steady gradient of 1 moves the params by, second moments being 1 and a sum of momentum an average.
+
+    ε plays no part beside moments that are large, nor the correction of averages after many steps.
+    """
+
+    def at(square: float, count: int) -> ArrayTree:
+        wanted = by_role("squares", lambda x: filled(square, x), opt_state)
+        wanted = by_role("means", lambda x: filled(0, x), wanted)
+        far = by_role("counts", lambda t: jnp.full_like(t, count), opt_state)
+        linear = linearise(update, frozen(update, far, wanted, params), params)
+        steady = optax.tree.scale(-(square**0.5) if collect("squares", opt_state) else -1, driven(linear, 1, 1, 0))
+        if not collect("sums", opt_state):
+            return steady
+        average = lambda e, r: r if isinstance(e, optax.MaskedNode) else r * (1 - e)
+        return jax.tree.map(average, linear(0, 1, 0)[1][0], steady, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+
+    # Twice, so that what is no root of a second moment, or not corrected yet, shows.
+    rates, others = at(2.0**48, 2**30), at(2.0**44, 2**29)
+    rate = jnp.stack([x.max() for x in jax.tree.leaves(rates)]).max()
+    differ = lambda x: jnp.where(x == 0, 0, jnp.abs(x - rate)).max()
+    return rate, jnp.stack([differ(x) for x in jax.tree.leaves((rates, others))]).max()
+
+
+def nonlinearity(update: Update, opt_state: Any, params: ArrayTree, grad: ArrayTree) -> Array:
+    """How far the next update is from linear, element by element, in all but its second moments; relative."""
+    updates, after = update(grad, opt_state, params)
+    # The linear part is taken about no gradient and no momentum, with the second moments that the step leads to. What a
+    # linear update with those moments would do is then known before it is compared with what the optimizer does do: a
+    # clip in force, or a sign, is linear about 0 and differs from that here.
+    linear = linearise(update, frozen(update, opt_state, after, params), params)
+    expected, _ = linear(grad, collect("momentum", opt_state), params)
+    # A linear map need not be a diagonal one, which the limit assumes: the answer to a gradient of ones, times the
+    # gradient, has to be the answer to the gradient. A norm's derivative, which mixes the elements, fails here.
+    by_element = jax.tree.map(jnp.multiply, linear(1, 0, 0)[0], grad)
+    pairs = ((updates, expected), (linear(grad, 0, 0)[0], by_element))
+    apart = [optax.tree.norm(optax.tree.sub(a, b)) for a, b in pairs]
+    size = optax.tree.norm(updates)
+    return jnp.stack(apart).max() / jnp.where(size == 0, 1, size)
+
+
+class Response(NamedTuple):
+    """What an update does for a rate of 1, element by element, each like params.
+
+    Attributes:
+      steady: the step down a gradient that stays, R.
+      alternating: the step down one that changes its sign at each step, when momentum cancels.
+      decay: the step towards 0 per unit of the params, as they alternate.
+    """
+
+    steady: ArrayTree
+    alternating: ArrayTree
+    decay: ArrayTree
+
+
+# Steps after which an average has settled, and before which a schedule is looked for at its height.
+_LONG, _SCHEDULED = 2**30, 2**20
+
+
+def settled(make_optimizer: MakeOptimizer, params: ArrayTree, squares: ArrayTree, means: ArrayTree) -> Response:
+    """The response of an optimizer whose averages have settled, at the greatest value of its schedule.
+
+    Args:
+      make_optimizer: called with a rate of 1; its update is taken to be in proportion to the rate.
+      params: the point.
+      squares: E[g²], what the second moments average.
+      means: E[g].
+    """
+    optimizer = optax.with_extra_args_support(make_optimizer(1.0))
+
+    def update(g: ArrayTree, state: Any, p: ArrayTree) -> tuple[ArrayTree, Any]:
+        return optimizer.update(g, state, p, value=jnp.zeros(()), grad=means)
+
+    fresh = optimizer.init(params)
+    state = by_role("counts", lambda t: jnp.full_like(t, _LONG), fresh)
+    averages = by_role("means", lambda x: _placed(x, means), by_role("squares", lambda x: _placed(x, squares), state))
+    held = frozen(update, state, averages, params)
+    at = lambda count: by_role("schedules", lambda t: jnp.full_like(t, count), held)
+    if collect("schedules", fresh):
+        counts = jnp.append(0, 2 ** jnp.arange(_SCHEDULED.bit_length()))
+        height = lambda count: optax.tree.norm(driven(linearise(update, at(count), params), 1, 1, 0))
+        held = at(counts[lax.map(height, counts).argmax()])
+    linear = linearise(update, held, params)
+    parts = driven(linear, 1, 1, 0), driven(linear, -1, 1, 0), driven(linear, -1, 0, 1)
+    if collect("squares", fresh):
+        # A parameter that no example moves has no scale, and no part in any step.
+        parts = jax.tree.map(lambda r, s: jnp.where(s > 0, r, 0), parts, (squares,) * 3)
+    return Response(*optax.tree.scale(-1, parts))
+
+
+def _placed(places: Any, values: ArrayTree) -> Any:
+    """``values`` where a state that may be masked holds something like them."""
+    masked = lambda x: isinstance(x, optax.MaskedNode)
+    return jax.tree.map(lambda place, value: place if masked(place) else value, places, values, is_leaf=masked)
+
+
+def alternating(op: LinearOperator, root: ArrayTree, decay: ArrayTree) -> LinearOperator:
+    """R^½ C R^½ + D: at a rate of 2 over its largest eigenvalue an update is −2x, and x alternates."""
+    return LinearOperator(_alternating, op.space, (op, root, decay))
+
+
+def _alternating(operands: Any, v: ArrayTree) -> ArrayTree:
+    op, root, decay = operands
+    curved = op @ jax.tree.map(jnp.multiply, root, v)
+    return jax.tree.map(lambda r, h, d, x: r * h + d * x, root, curved, decay, v)
+
+
+def check_proportional(make_optimizer: MakeOptimizer, params: ArrayTree) -> None:
+    """Raise unless a maker's update is in proportion to its rate and to a small gradient.
+
+    Raises:
+      TypeError: it is no maker; a part of its optimizer is not known; it has two momenta; it answers no small gradient
+        (a sign), goes up it, or divides by something else than the root of a second moment.
+    """
+    if not callable(make_optimizer):
+        raise TypeError(f"make_optimizer: expected a maker such as optax.adam, got {type(make_optimizer).__name__}")
+    momenta = len(collect("momentum", jax.eval_shape(lambda: make_optimizer(1.0).init(params))))
+    if momenta > 1:
+        raise TypeError(f"make_optimizer: expected at most one momentum, got {momenta}")
+    small, large = (_answers(make_optimizer, params, square) for square in (2.0**40, 2.0**42))
+    name = getattr(make_optimizer, "__name__", "its optimizer")
+    if not max(map(float, jax.tree.leaves(small[1]))) > 0 or min(map(float, jax.tree.leaves(small[0]))) < 0:
+        raise TypeError(
+            f"make_optimizer: {name} does not step down a small gradient (does it take a sign, or is its rate 0?); "
+            "find a rate by learning_rate.range_test"
+        )
+    ratios = jax.tree.leaves(jax.tree.map(jnp.divide, small, large))
+    for ratio in map(float, ratios):
+        # 1 without second moments, 2 by their root, 0/0 where nothing is trained.
+        if not (abs(ratio - 1) < 1e-2 or abs(ratio - 2) < 1e-2 or ratio != ratio):
+            raise TypeError(f"make_optimizer: {name} does not divide by the root of a second moment; use range_test")
+
+
+def _answers(make_optimizer: MakeOptimizer, params: ArrayTree, square: float) -> tuple[ArrayTree, ArrayTree]:
+    """Each leaf's least and greatest step, beside second moments of one size."""
+    found = settled(make_optimizer, params, filled(square, params), filled(0, params)).steady
+    return jax.tree.map(jnp.min, found), jax.tree.map(jnp.max, found)
