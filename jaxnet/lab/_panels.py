@@ -45,22 +45,24 @@ def _named(result: Any) -> str:
 def of_analysis(found: Analysis) -> list[Panel]:
     """The limit and the rate to train at, against the batch size."""
     sizes = found.batch_sizes
+    along = lambda value: [float(value(size)) for size in sizes]
     series = [
-        Series("limit of stability, sharpest direction", sizes, [float(found.limit(b)) for b in sizes], "line", 1),
-        Series("rate to train at", sizes, [float(found.rate(b)) for b in sizes], "line-points", 0),
+        Series("highest that can be stable here", sizes, along(lambda b: found.bracket(b)[1]), "dashed", 1),
+        Series("limit of stability here", sizes, along(found.limit), "line", 1),
+        Series("rate to train at", sizes, along(found.rate), "line-points", 0),
+        Series("best single step here", sizes, list(map(float, found.derived.greedy)), "dashed", 2),
     ]
+    lines = [Line("critical batch size", float(found.critical_batch_size))]
+    if found.optimizer == "sgd":
+        lines += [Line("1/λ_max", float(found.optimal), "y"), Line("2/λ_max", float(found.maximal), "y")]
     return [
         Panel(
             name="rate_against_batch_size",
-            title="What noise leaves of the learning rate, for each batch size",
+            title=f"What noise leaves of the learning rate of {found.optimizer}, for each batch size",
             xlabel=f"batch size B, up to all {found.num_examples} examples",
             ylabel="learning rate η",
             series=series,
-            lines=[
-                Line("1/λ_max", float(found.optimal), "y"),
-                Line("2/λ_max", float(found.maximal), "y"),
-                Line("critical batch size", float(found.critical_batch_size)),
-            ],
+            lines=lines,
             xscale="log",
             yscale="log",
         )

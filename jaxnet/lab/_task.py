@@ -103,6 +103,8 @@ class TaskConfig:
     """For a .csv file: the column of targets; by default the last."""
     standardise: bool = True
     """For a file: scale each input to mean 0 and variance 1 over the training examples."""
+    standardise_target: bool = False
+    """For a file whose targets are numbers: scale them likewise."""
     seed: int = 0
     """Of the initial parameters, the data's order and all random vectors."""
     dtype: str = "float32"
@@ -214,6 +216,9 @@ def _load(config: TaskConfig, key: Array) -> tuple[Pair, Pair | None]:
         # Before the cast: in single precision a column of large numbers is a constant.
         mean, scale = x[train].mean(axis=0), x[train].std(axis=0)
         x = (x - mean) / np.where(scale > 1e-12 * np.abs(mean), scale, 1)
+    if config.standardise_target:
+        mean, scale = y[train].mean(axis=0), y[train].std(axis=0)
+        y = (y - mean) / np.where(scale > 1e-12 * np.abs(mean), scale, 1)
     dtype = jnp.result_type(float)
     if max(np.abs(x).max(), np.abs(y).max()) > jnp.finfo(dtype).max:
         raise UserError(f"{path}: holds numbers too large for {dtype}; rescale them, or use --dtype float64")

@@ -22,8 +22,17 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "sgd": optax.sgd,
     "momentum": functools.partial(optax.sgd, momentum=MOMENTUM),
     "nesterov": functools.partial(optax.sgd, momentum=MOMENTUM, nesterov=True),
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "nadam": optax.nadam,
+    "amsgrad": optax.amsgrad,
+    "rmsprop": optax.rmsprop,
 }
-# Rates of the ladder, in units of the predicted limit 2/λ_max: from .35 to 8, closer together around 1.
+# Targets of this size are out of reach for a few epochs.
+LARGE_TARGETS = 100.0
+# Rates of the sweep that a run is held against, in units of its own.
+OCTAVES = 2.0 ** np.arange(-4, 4)
+# Rates of the ladder, in units of the predicted limit: from .35 to 8, closer together around 1.
 STEPS_OF_LADDER = 2.0 ** np.unique(np.concatenate([np.arange(-1.5, 3.01, 0.25), np.arange(-0.5, 0.51, 0.125)]))
 
 
@@ -34,9 +43,9 @@ class AnalyseConfig(TaskConfig):
     batch_size: int = 32
     """B of the mini-batch run."""
     optimizer: str = "sgd"
-    """What the three runs train with: sgd, momentum or nesterov (β = 0.9)."""
+    """What trains: sgd, momentum or nesterov (β = 0.9), adam, adamw, nadam, amsgrad or rmsprop."""
     learning_rate: float | None = None
-    """A rate of your own for the full-batch run, in place of 1/λ_max."""
+    """A rate of your own for the full-batch run, in place of the derived one."""
     num_epochs: int = 30
     """Epochs of each of the three runs: equal numbers of example gradients."""
 
@@ -59,7 +68,14 @@ def stages(config: AnalyseConfig, on_stage: OnStage = lambda stage, share: None)
     if own is not None and not float(limits.tiny) <= own <= float(limits.max):
         raise UserError(f"learning_rate: expected positive and finite in {config.dtype}, got {own}")
     on_stage("λ_max and the gradient's noise", 0.05)
-    analysis = learning_rate.analyse(task.loss, task.params, task.train, key=keys[1])
+    analysis = learning_rate.analyse(
+        task.loss,
+        task.params,
+        task.train,
+        key=keys[1],
+        make_optimizer=OPTIMIZERS[config.optimizer],
+        batch_sizes=sorted({1, config.batch_size, num_examples}),
+    )
     found = Record(
         name="analyse",
         question=f"What should the learning rate be? {task.title}, {task.num_params} parameters, N = {num_examples}",
@@ -67,7 +83,7 @@ def stages(config: AnalyseConfig, on_stage: OnStage = lambda stage, share: None)
         seed=config.seed,
         dtype=str(jnp.result_type(*jax.tree.leaves(task.params))),
         measurements=analysis.to_dict(),
-        rows=[*analysis.rows(), *_of_own_rate(config, analysis)],
+        rows=[*_of_targets(task), *analysis.rows(), *_of_own_rate(config, analysis)],
         panels=_panels.of_analysis(analysis),
     )
     yield found
@@ -82,7 +98,7 @@ def stages(config: AnalyseConfig, on_stage: OnStage = lambda stage, share: None)
     ):
         share = lambda done, number=number: on_stage(f"training, {name}", 0.15 + 0.2 * (number + done))
         runs.append(_train(config, task, analysis, name, batch_size, keys[2], share))
-        with_runs = _with_runs(found, runs, len(task.sample[1]))
+        with_runs = _with_runs(found, runs, analysis, len(task.sample[1]))
         yield with_runs
     found = with_runs
 
@@ -91,9 +107,17 @@ def stages(config: AnalyseConfig, on_stage: OnStage = lambda stage, share: None)
     on_stage("done", 1.0)
 
 
+def _of_targets(task: Task) -> list[tuple[str, Any, str]]:
+    """A warning where a network's outputs, which begin near 1, have far to go."""
+    largest = float(np.abs(np.asarray(task.train[1], np.float64)).max())
+    if task.labelled or largest < LARGE_TARGETS:
+        return []
+    return [("largest target", largest, "far from outputs that begin near 1: pass --standardise-target, or rescale")]
+
+
 def _of_own_rate(config: AnalyseConfig, analysis: Analysis) -> list[tuple[str, Any, str]]:
     rate = config.learning_rate
-    if rate is None or config.optimizer != "sgd":
+    if rate is None:
         return []
     return [("your η, full batch", rate, f"stable here? {analysis.is_stable(rate)}")]
 
@@ -113,6 +137,13 @@ class Run:
     num_matvecs: np.ndarray
     stopped: str
     diverged: bool
+    sweep_rates: np.ndarray
+    sweep_losses: np.ndarray
+
+    @property
+    def best_loss(self) -> float:
+        """The lowest loss along the run, on held-out data where there are any."""
+        return float(np.nanmin(self.test_loss if np.isfinite(self.test_loss).any() else self.loss))
 
 
 def _train(
@@ -124,25 +155,28 @@ def _train(
     key: Array,
     share: Callable[[float], None],
 ) -> Run:
-    # Momentum sums the last 1/(1 − β) steps: the same rate a step of displacement needs 1 − β of it.
-    rate = rate_of(analysis, batch_size) * (1 if config.optimizer == "sgd" else 1 - MOMENTUM)
+    rate = rate_of(analysis, batch_size)
     if batch_size is None and config.learning_rate is not None:
         rate = config.learning_rate
     followed = curvature.track(task.loss, task.sample, key=key).observer(task.params)
 
+    given = (task.loss, task.params, task.train, OPTIMIZERS[config.optimizer])
+    how: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_epochs": config.num_epochs,
+        "key": key,
+        "validation": task.test,
+        "metrics": {"loss": task.loss},
+    }
     result = training.fit(
-        task.loss,
-        task.params,
-        task.train,
-        OPTIMIZERS[config.optimizer],
+        *given,
         learning_rate=rate,
-        batch_size=batch_size,
-        num_epochs=config.num_epochs,
-        key=key,
-        validation=task.test,
-        metrics={"loss": task.loss},
+        **how,
         observers=[followed, lambda progress: share(progress.epoch / progress.num_epochs)],
     )
+    # The derived rate's neighbours, whatever this run was told to take.
+    rates = rate_of(analysis, batch_size) * OCTAVES
+    swept = training.sweep(*given, learning_rates=rates, **how)
     first = lambda batch: float(task.loss(task.params, batch)) if batch is not None else np.nan
     history = result.history
     held_out = history.validation.get("loss", np.full(len(history.epoch), np.nan))
@@ -162,26 +196,66 @@ def _train(
         num_matvecs=np.array([int(check.num_matvecs) for check in followed.checks]),
         stopped=str(result.stopped),
         diverged=result.stopped.reason == "diverged" or not np.isfinite(history.metrics["loss"][-1]),
+        sweep_rates=rates,
+        sweep_losses=np.array([_lowest(run.history) for run in swept]),
     )
 
 
-def _with_runs(found: Record, runs: list[Run], sampled: int) -> Record:
+def _lowest(history: training.History) -> float:
+    losses_along = history.validation.get("loss", history.metrics["loss"])
+    finite = losses_along[np.isfinite(losses_along)]
+    return float(finite.min()) if finite.size else np.inf
+
+
+def _with_runs(found: Record, runs: list[Run], analysis: Analysis, sampled: int) -> Record:
     rows, claims = [*found.rows], []
     for run in runs:
         end = f", test accuracy {run.accuracy:.3f}" if np.isfinite(run.accuracy) else ""
         rows.append((f"η, {run.name}", run.rate, f"loss {run.loss[0]:.3g} to {run.loss[-1]:.3g}{end}; {run.stopped}"))
+        best = int(run.sweep_losses.argmin())
+        rows.append(
+            (
+                f"best of a sweep, {run.name}",
+                run.sweep_rates[best],
+                f"{len(run.sweep_rates)} octaves: lowest loss {run.sweep_losses[best]:.3g}, at η {run.best_loss:.3g}",
+            )
+        )
         claims.append(
             record.below(
-                record.slug("trains", run.name.partition(",")[0]),
-                f"{run.name}: trains at its rate",
-                run.loss[0],
-                run.loss[-1],
+                record.slug("near_the_best", run.name.partition(",")[0]),
+                f"{run.name}: lowest loss at its rate, against twice the least of the sweep",
+                2 * run.sweep_losses[best],
+                run.best_loss,
             )
         )
     measurements = {**found.measurements, "runs": [dataclasses.asdict(run) for run in runs]}
     sampling = "the full batch" if sampled == found.measurements["num_examples"] else f"{sampled} examples"
-    panels = [*found.panels, _loss_panel(runs), _sharpness_panel(runs, found.config, sampling)]
+    panels = [*found.panels, _loss_panel(runs), _sweep_panel(runs, found.config["optimizer"])]
+    if found.config["optimizer"] in ("sgd", "momentum", "nesterov"):
+        panels.append(_sharpness_panel(runs, analysis, sampling))
     return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels)
+
+
+def _sweep_panel(runs: list[Run], optimizer: str) -> Panel:
+    return Panel(
+        name="loss_against_learning_rate",
+        title=f"{optimizer}: the derived rates, and what a sweep finds",
+        xlabel="learning rate η",
+        ylabel="lowest loss along the run, held-out if there is such data",
+        series=[
+            Series(
+                run.name,
+                run.sweep_rates,
+                np.where(np.isfinite(run.sweep_losses), run.sweep_losses, np.nan),
+                "line-points",
+                colour,
+            )
+            for colour, run in enumerate(runs)
+        ],
+        lines=[Line(f"η, {run.name}", run.rate, "x", colour) for colour, run in enumerate(runs)],
+        xscale="log",
+        yscale="log",
+    )
 
 
 def _loss_panel(runs: list[Run]) -> Panel:
@@ -200,12 +274,11 @@ def _loss_panel(runs: list[Run]) -> Panel:
     )
 
 
-def _sharpness_panel(runs: list[Run], config: Any, sampling: str) -> Panel:
-    momentum, nesterov = config["optimizer"] != "sgd", config["optimizer"] == "nesterov"
-    beta = MOMENTUM if momentum else 0.0
-    # maximal(λ) = c/λ, so c/η is the sharpness that a rate η still bears.
-    bearable = lambda rate: float(learning_rate.maximal(1.0, momentum=beta, nesterov=nesterov)) / rate
-    name = "2/η" if not momentum else "limit for η"
+def _sharpness_panel(runs: list[Run], analysis: Analysis, sampling: str) -> Panel:
+    # Without second moments the limit is c/λ_max: c/η is the sharpness that a rate η still bears.
+    factor = float(analysis.limit(None) * analysis.sharpness.value)
+    bearable = lambda rate: factor / rate
+    name = "2/η" if analysis.optimizer == "sgd" else "limit for η"
     series = [Series(f"λ_max, {run.name}", run.epoch, run.sharpness, "line-points", c) for c, run in enumerate(runs)]
     lines = [Line(f"{name} of {run.name}", bearable(run.rate), "y", c) for c, run in enumerate(runs)]
     return Panel(
@@ -224,16 +297,22 @@ def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> 
     n = len(batch[1])
     if n < len(task.train[1]):
         value = curvature.sharpness(task.loss, task.params, batch, key=keys[0], tol=1e-4).value
-    predicted = float(learning_rate.maximal(value))
+    make = OPTIMIZERS[found.config["optimizer"]]
+    # An optimizer with second moments has no limit before they have seen gradients: gradient descent stands in for it.
+    plain = found.config["optimizer"] not in ("sgd", "momentum", "nesterov")
+    make = optax.sgd if plain else make
+    predicted = float(
+        learning_rate.maximal(value) if plain else analysis.limit(None) * analysis.sharpness.value / value
+    )
     rates = predicted * STEPS_OF_LADDER
-    ladder = learning_rate.measure_stability(task.loss, task.params, batch, optax.sgd, rates=rates, key=keys[1])
-    sampling = f"gradient descent on {n} examples"
+    ladder = learning_rate.measure_stability(task.loss, task.params, batch, make, rates=rates, key=keys[1])
+    sampling = f"{'gradient descent' if make is optax.sgd else found.config['optimizer']} on {n} examples"
     if np.isnan(float(ladder.limit)) and found.dtype == "float32":
         # Kinks (relu) lie closer to ω₀ than single precision can start beside it.
         with jax.enable_x64(True):
             double = lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
             params, batch = jax.tree.map(double, (task.params, batch))
-            ladder = learning_rate.measure_stability(task.loss, params, batch, optax.sgd, rates=rates, key=keys[1])
+            ladder = learning_rate.measure_stability(task.loss, params, batch, make, rates=rates, key=keys[1])
         sampling += ", in float64"
     limit, error = float(ladder.limit), float(ladder.limit_error)
     high = float(ladder.plain_bracket[1])
@@ -268,4 +347,4 @@ def _of_plain_training(ladder: MeasuredStability) -> str:
 
 
 def _stability_claim(predicted: float, limit: float) -> Claim:
-    return record.within("limit", "loss of stability at ω₀ is at 2/λ_max", predicted, limit, 0.05)
+    return record.within("limit", "loss of stability at ω₀, predicted and measured", predicted, limit, 0.05)

@@ -153,6 +153,8 @@ class Analysis:
         rate, error = float(self.rate(batch_size)), float(self.rate_error(batch_size))
         greedy, later = (float(self._at(x, batch_size)) for x in (self.derived.greedy, self.derived.later_limit))
         batch = "the full batch" if batch_size in (None, self.num_examples) else f"batches of {batch_size}"
+        if not rate > 0:
+            return f"{self.optimizer} on {batch}: no rate follows, since no step from here was seen to lower the loss"
         words = (
             f"{self.optimizer} on {batch}: η = {rate:.3g} ± {error:.1g}, midway between the best single step here, "
             f"{greedy:.3g}, and half of the limit of stability where a short run leads, {later:.3g}"
@@ -309,7 +311,7 @@ def analyse(
     check_independent(loss, params, batch)
     curvature = noisy_curvature(loss, params, batch, key=probe_key, num_probes=num_probes)
     derived = derive(loss, params, batch, make_optimizer, sizes, key=derived_key, tol=tol)
-    return Analysis(sharp, noise, curvature, derived, n, _name(make_optimizer))
+    return Analysis(sharp, noise, curvature, derived, n, name_of(make_optimizer))
 
 
 def _sizes(batch_sizes: Sequence[int] | None, n: int) -> tuple[int, ...]:
@@ -320,11 +322,11 @@ def _sizes(batch_sizes: Sequence[int] | None, n: int) -> tuple[int, ...]:
     return tuple(sorted({check_batch_size(size, n) for size in batch_sizes}))
 
 
-def _name(make_optimizer: Any) -> str:
-    """The maker's name, with what a partial gives it."""
+def name_of(make_optimizer: Any) -> str:
+    """A maker's name, with what a partial gives it."""
     if isinstance(make_optimizer, functools.partial):
         given = ", ".join(f"{name}={value}" for name, value in make_optimizer.keywords.items())
-        return f"{_name(make_optimizer.func)}({given})"
+        return f"{name_of(make_optimizer.func)}({given})"
     return str(getattr(make_optimizer, "__name__", type(make_optimizer).__name__))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import contract, dataset
-from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, UserError
+from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
 from jaxnet.curvature import eigsh, hessian
 from jaxnet.data import reshuffled
 from jaxnet.learning_rate._point import Point, limits, look, with_errors
@@ -29,7 +29,7 @@ class DerivedRates:
     """The rates of an optimizer at S batch sizes, and what they follow from; arrays are (S,).
 
     Attributes:
-      rate: √(greedy · ½ later_limit), the rate to train at.
+      rate: √(greedy · ½ later_limit), the rate to train at; NaN where no step from here lowers the loss.
       greedy: g·Rg/(Rg·CRg + p tr(RCRΣ)), which lowers the expected loss most in one step from here.
       largest: λ_max(R^½HR^½ + D) here, on all examples, for a rate of 1.
       scatter: p q, what noise adds to it: 2/(λ + p q) is where the mean square begins to grow.
@@ -85,7 +85,6 @@ def derive(
 
     Raises:
       TypeError: the optimizer's update is not proportional to a small gradient, or a part of it is not known.
-      UserError: no rate follows, or no probe run lowers the loss.
     """
     check_proportional(make_optimizer, params)
     n = dataset.num_examples(data)
@@ -95,31 +94,28 @@ def derive(
     here = at(params, whole=True)
     greedy, greedy_error = greedy_of(here)
     limit, _ = limits(here)
-    if not (np.isfinite(greedy) & (greedy > 0) & np.isfinite(limit)).all():
-        raise UserError(
-            f"no rate follows from the gradient, its noise and the curvature at these params: a step of "
-            f"{float(greedy[0]):.3g}, a limit of {float(limit[0]):.3g}; is the loss flat there, or at its minimum?"
-        )
     middle = int(np.argmin(np.abs(np.log(np.square(batch_sizes) / (batch_sizes[0] * batch_sizes[-1])))))
     size = batch_sizes[middle]
     steps = max(_STEPS, -(-n // size))
-    first = min(greedy[middle], limit[middle] / 2)
-    spent = 0.0
+    first, losses = min(greedy[middle], limit[middle] / 2), np.full(2, np.nan)
+    spent = np.zeros_like(greedy)
     for _ in range(_TRIES):
+        if not (np.isfinite(first) and first > 0):
+            break
         after, losses = _probe(loss, make_optimizer, params, data, sample, first, probe_key, size=size, steps=steps)
-        spent += (steps * size + 2 * used) / n
+        spent = spent + (steps * size + 2 * used) / n
         if losses[1] < losses[0]:
             break
         # The quadratic model promised a gain, and there was none: it holds less far than it says.
         first, greedy = first / 4, greedy / 4
+    if losses[1] < losses[0]:
+        there = at(after, whole=False)
+        later, later_error = limits(there)
+        spent = spent + np.array([point.num_gradients for point in there]) * used / n
     else:
-        raise UserError(
-            f"no probe run of {steps} steps lowers the loss, {float(losses[0]):.3g}; the last at {first:.3g}"
-        )
-    there = at(after, whole=False)
-    later, later_error = limits(there)
+        later = later_error = np.full_like(greedy, np.nan)
     rate = np.sqrt(greedy * later / 2)
-    looked = np.array([a.num_gradients + b.num_gradients for a, b in zip(here, there, strict=True)]) * used / n
+    spent = spent + np.array([point.num_gradients for point in here]) * used / n
     scatter, scatter_error = with_errors(here, "scatter")
     arrays = {
         "rate": rate,
@@ -135,7 +131,7 @@ def derive(
         "later_limit_error": later_error,
         "probe_rate": first,
         "probe_losses": losses,
-        "num_gradients": looked + spent,
+        "num_gradients": spent,
     }
     return DerivedRates(
         **{name: jnp.asarray(values) for name, values in arrays.items()}, batch_sizes=batch_sizes, probe_batch_size=size

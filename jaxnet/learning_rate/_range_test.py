@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, check_batch_size
 from jaxnet.data import reshuffled
-from jaxnet.learning_rate._analysis import Analysis, analyse
+from jaxnet.learning_rate._analysis import Analysis, analyse, name_of
 from jaxnet.training import TrainState, init_state, make_update, trajectory
 
 
@@ -36,7 +36,7 @@ class RangeTest:
       valley: the middle, on the log axis, of its longest decreasing subsequence.
       optimal: 1/λ_max at the start, for the full batch.
       maximal: 2/λ_max at the start, for the full batch.
-      derived: η(B), the theory's rate at the start for batches of this size.
+      derived: η(B), the rate that `analyse` derives for this optimizer and batches of this size; NaN where none is.
       batch_size: B, None for the full batch.
     """
 
@@ -80,7 +80,7 @@ class RangeTest:
             "1/λ_max": ("theory at the start: full batch, optimal", _NOT_PLAIN),
             "2/λ_max": ("theory at the start: full batch, limit of stability", _NOT_PLAIN),
         }
-        of_batch = ("theory at the start: from the gradient's noise", _NOT_PLAIN)
+        of_batch = ("theory: from noise and curvature, here and after a short run", "none is known for this optimizer")
         rows: list[tuple[str, Any, str]] = []
         for name, value in self.suggestions.items():
             known, unknown = remarks.get(name, of_batch)
@@ -130,7 +130,7 @@ def range_test(
       key: a `jax.random.key` for the order and for `analyse`.
       steps_per_rate: k; L_i is then the mean after each of the k steps.
       smoothing: β in [0, 1); 0 does not smooth.
-      analysis: of `analyse` at this start; computed here on all of the data if not given.
+      analysis: of `analyse` at this start, for this optimizer; computed here on all of the data if not given.
 
     Returns:
       A `RangeTest`; printed, it is a table.
@@ -162,15 +162,27 @@ def range_test(
     order_key, analysis_key = jax.random.split(key)
     first, after = _train(loss, make_optimizer, state, rates, data, order_key, batch_size, steps_per_rate)
     diverged, smoothed = _smooth(first, after, smoothing)
-    found = analyse(loss, params, data, key=analysis_key) if analysis is None else analysis
     plain = _descends_plainly(make_optimizer, params)
-    optimal, maximal, derived = (
-        jnp.where(plain, rate, jnp.nan) for rate in (found.optimal, found.maximal, found.rate(batch_size))
-    )
+    if analysis is None:
+        analysis = _analyse(loss, params, data, make_optimizer, batch_size, analysis_key)
+    optimal, maximal = (jnp.where(plain, rate, jnp.nan) for rate in (analysis.optimal, analysis.maximal))
+    same = analysis.optimizer == name_of(make_optimizer) or (plain and analysis.optimizer == "sgd")
+    derived = jnp.where(same, analysis.rate(batch_size), jnp.nan)
     steepest, tenth, valley = _suggest(rates, smoothed, diverged)
     return RangeTest(
         rates, after, smoothed, first, diverged, steepest, tenth, valley, optimal, maximal, derived, batch_size
     )
+
+
+def _analyse(
+    loss: Loss, params: ArrayTree, data: Any, make_optimizer: MakeOptimizer, batch_size: int | None, key: Array
+) -> Analysis:
+    sizes = [contract.num_examples(data) if batch_size is None else batch_size]
+    try:
+        return analyse(loss, params, data, key=key, make_optimizer=make_optimizer, batch_sizes=sizes)
+    except TypeError:
+        # No rate is known for this optimizer; of gradient descent's analysis, λ_max remains.
+        return analyse(loss, params, data, key=key, batch_sizes=sizes)
 
 
 def _check_rates(rates: ArrayLike, params: ArrayTree) -> Array:

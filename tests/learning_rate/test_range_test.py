@@ -155,7 +155,7 @@ def test_it_is_the_loop_written_out(make):
 def test_the_theory_is_that_of_analyse_and_of_plain_sgd_only():
     test = functools.partial(range_test, LOSS, PARAMS, DATA, learning_rates=RATES, key=KEY)
     found = test(optax.sgd, batch_size=4)
-    analysis = learning_rate.analyse(LOSS, PARAMS, DATA, key=jax.random.split(KEY)[1])
+    analysis = learning_rate.analyse(LOSS, PARAMS, DATA, key=jax.random.split(KEY)[1], batch_sizes=[4])
     expected = [analysis.optimal, analysis.maximal, analysis.rate(4)]
     np.testing.assert_allclose([found.optimal, found.maximal, found.derived], expected, rtol=1e-5)
     given = test(optax.inject_hyperparams(optax.sgd), batch_size=4, analysis=analysis)
@@ -166,7 +166,14 @@ def test_the_theory_is_that_of_analyse_and_of_plain_sgd_only():
         other = test(make, batch_size=4, analysis=analysis)
         assert np.isnan([other.optimal, other.maximal, other.derived]).all()
         assert np.isfinite(other.loss[0])
-    np.testing.assert_allclose(test(optax.sgd, batch_size=None).derived, analysis.optimal, rtol=1e-3)
+    # One of its own is made for the optimizer at hand, if it is one that has a rate.
+    other = test(optax.adam, batch_size=4)
+    own = learning_rate.analyse(
+        LOSS, PARAMS, DATA, key=jax.random.split(KEY)[1], make_optimizer=optax.adam, batch_sizes=[4]
+    )
+    np.testing.assert_allclose(other.derived, own.rate(4), rtol=1e-5)
+    assert np.isnan(other.optimal)
+    assert np.isnan(test(optax.sign_sgd, batch_size=4).derived)
 
 
 def test_a_rate_held_in_the_state_rises_too():
