@@ -6,16 +6,18 @@ import pathlib
 
 from benchmarks.timing import finish
 
-NAMES = ("training", "curvature", "per_example", "sharpness_sgd")
+NAMES = ("training", "curvature", "per_example", "sharpness_sgd", "derived_rate")
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--out", type=pathlib.Path, help="the JSON file (default: benchmark-NAME.json)")
+    parser.add_argument("--quick", action="store_true", help="derived_rate: three small workloads, one seed")
     arguments = parser.parse_args()
+    options = {"quick": True} if arguments.quick else {}
     benchmark = importlib.import_module(f"benchmarks.{arguments.name}")
-    rows, panels = benchmark.run(), getattr(benchmark, "panels", tuple)()
+    rows, panels = benchmark.run(**options), getattr(benchmark, "panels", tuple)()
     finish(rows, arguments.out or pathlib.Path(f"benchmark-{arguments.name}.json"), panels)
 
 

@@ -1,7 +1,6 @@
 """Timing side by side: the contenders take turns, so that a drift of the machine meets all of them."""
 
 import dataclasses
-import json
 import os
 import platform
 import statistics
@@ -10,7 +9,7 @@ import time
 import jax
 
 from jaxnet.lab.plots import draw
-from jaxnet.lab.record import versions
+from jaxnet.lab.record import to_json, versions
 
 
 @dataclasses.dataclass
@@ -53,7 +52,7 @@ def finish(rows, path, panels=()):
     found = {"versions": versions(), "machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
     if panels:
         found["panels"] = [dataclasses.asdict(panel) for panel in panels]
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(to_json(found) + "\n")
     for name, figure in draw(panels).items():
         figure.savefig(path.with_name(f"{path.stem}-{name}.png"))
     print(f"wrote {path}")

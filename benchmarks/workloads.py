@@ -1,4 +1,4 @@
-"""Small, real training tasks, all offline: a network, its data split in two, a usual batch size and a number of epochs."""
+"""Small, real training tasks, all offline: a network, data in two parts, a usual batch size and a number of epochs."""
 
 import dataclasses
 import hashlib

@@ -1,0 +1,258 @@
+"""The yardstick: the derived rate against a sweep, defaults, range tests and optimizers that need no rate.
+
+One frozen rule for all workloads, in the manner of AlgoPerf's self-tuning rules at small scale. Each workload's numbers
+are kept in a file of their own beside the result, so that a run goes on where it was stopped. Distances are to the
+*good interval*: the rates of the sweep whose best held-out loss is within a tenth of the least. Constant rates and a
+linear fall to 0; peers at a constant rate.
+"""
+
+import json
+import pathlib
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from benchmarks import contenders
+from benchmarks.timing import Row
+from benchmarks.workloads import SECOND_BATCH_SIZES, WORKLOADS
+from jaxnet import learning_rate
+from jaxnet.lab.record import Panel, Series, to_json
+
+SEEDS = (0, 1, 2)
+SCHEDULES = ("constant", "linear")
+QUICK = ("wine-mlp", "cancer-logistic", "diabetes-linear")
+QUICK_PEERS = ("prodigy", "schedule_free_adamw", "CDAT(adam)")
+FOUND = {}
+
+
+def run(quick=False, folder=pathlib.Path("derived-rate")):
+    folder = folder / "quick" if quick else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in QUICK if quick else WORKLOADS:
+        path = folder / f"{name}.json"
+        if not path.exists():
+            start = time.process_time()
+            found = measure(WORKLOADS[name], *((SEEDS[:1], QUICK_PEERS) if quick else (SEEDS, tuple(contenders.FREE))))
+            path.write_text(to_json({"cases": found, "cpu_seconds": time.process_time() - start}))
+            print(f"{name}: {time.process_time() - start:.0f} CPU-seconds", flush=True)
+        FOUND[name] = json.loads(path.read_text(), parse_constant=float)
+    return rows(FOUND)
+
+
+def measure(workload, seeds, peers):
+    cases = {}
+    sizes = [workload.batch_size, *([SECOND_BATCH_SIZES[workload.name]] if workload.name in SECOND_BATCH_SIZES else [])]
+    for size in sizes:
+        names = ["momentum", "adamw"]
+        if workload.name in SECOND_BATCH_SIZES and size == workload.batch_size:
+            names += ["sgd", "adam"]
+        for optimizer in names:
+            cases[f"{optimizer}, B = {size}"] = of_optimizer(workload, optimizer, size, seeds)
+        cases[f"free, B = {size}"] = of_free(workload, size, seeds, peers)
+        # Linux limits the memory maps of a process, and each compiled program takes some.
+        jax.clear_caches()
+    return cases
+
+
+def posed(workload, seed):
+    """The workload from a seed; one loss for all seeds, so that they share what is compiled."""
+    loss, params, train, held_out = workload.start(jax.random.key(seed))
+    return LOSSES.setdefault(workload.name, loss), params, train, held_out
+
+
+LOSSES = {}
+
+
+def of_optimizer(workload, optimizer, size, seeds):
+    """The sweep of one seed; for each seed the derived rate, its cost and its runs, and those of the peers' rates."""
+    make, grid = contenders.MAKERS[optimizer], contenders.GRIDS[optimizer]
+    found = {"grid": grid, "sweep": {}, "seeds": []}
+    for seed in seeds:
+        loss, params, train, held_out = posed(workload, seed)
+        steps = -(-len(train[1]) // size) * workload.num_epochs
+        key = jax.random.key(1000 + seed)
+        analysis = learning_rate.analyse(
+            loss, params, train, key=key, make_optimizer=make, batch_sizes=[size], tol=0.05, num_probes=2
+        )
+        rates = {"derived": float(analysis.rate(size))}
+        if optimizer in contenders.DEFAULTS:
+            rates["default"] = contenders.DEFAULTS[optimizer]
+            rates |= contenders.read_off(loss, params, train, make, grid, size, key, analysis)
+        usable = {name: rate if np.isfinite(rate) and rate > 0 else grid[0] for name, rate in rates.items()}
+        of_seed = {"rates": rates, "num_gradients": float(analysis.derived.num_gradients[0]), "curves": {}}
+        for schedule in SCHEDULES:
+            makes = make if schedule == "constant" else contenders.linear(make, steps)
+            given = (loss, params, train, held_out, makes)
+            if seed == seeds[0]:
+                found["sweep"][schedule] = contenders.sweep(*given, grid, size, workload.num_epochs, key)
+            tried = list(usable.values()) if schedule == "constant" else [usable["derived"]]
+            curves = contenders.sweep(*given, np.array(tried), size, workload.num_epochs, key)
+            of_seed["curves"][schedule] = dict(zip(usable, curves, strict=False))
+        found["seeds"].append(of_seed)
+    return found
+
+
+def of_free(workload, size, seeds, peers):
+    found = {}
+    for name in peers:
+        found[name] = []
+        for seed in seeds:
+            loss, params, train, held_out = posed(workload, seed)
+            curve = contenders.free(
+                loss, params, train, held_out, name, size, workload.num_epochs, jax.random.key(1000 + seed)
+            )
+            found[name].append(curve)
+    return found
+
+
+def good(grid, curves):
+    """The best held-out loss, the ends of the interval of rates within a tenth of it, and the best run."""
+    lowest = np.array(curves, float).min(axis=1)
+    inside = np.array(grid)[lowest <= 1.1 * lowest.min()]
+    return lowest.min(), inside.min(), inside.max(), np.array(curves, float)[lowest.argmin()]
+
+
+def distance(rate, low, high):
+    """How far outside of the interval, as a factor: above 1 too high, below 1 too low."""
+    return rate / high if rate > high else rate / low if rate < low else 1.0
+
+
+def epochs_to(curve, target):
+    """Epochs until a held-out loss is reached; inf if it is not."""
+    reached = np.array(curve, float) <= target
+    return int(reached.argmax()) + 1 if reached.any() else np.inf
+
+
+def judged(found):
+    """A row for each run of each method: workload, case, schedule, distance, epochs over the tuned run's, diverged."""
+    for name, of_workload in found.items():
+        for case, of_case in of_workload["cases"].items():
+            if case.startswith("free"):
+                continue
+            size = case.partition(", ")[2]
+            for schedule in SCHEDULES:
+                best, low, high, tuned = good(of_case["grid"], of_case["sweep"][schedule])
+                target = 1.05 * best
+                spent = epochs_to(tuned, target)
+                about = {"workload": name, "case": case, "schedule": schedule, "tuned": WORKLOADS[name].tuned}
+                for of_seed in of_case["seeds"]:
+                    for method, curve in of_seed["curves"][schedule].items():
+                        rate = of_seed["rates"][method]
+                        yield about | {
+                            "method": method,
+                            "distance": distance(float(rate), low, high),
+                            "ratio": epochs_to(curve, target) / spent,
+                            "diverged": not np.isfinite(float(curve[-1])),
+                            "num_gradients": of_seed["num_gradients"],
+                        }
+                if schedule == "constant" and case.startswith("adamw"):
+                    for method, curves in of_workload["cases"][f"free, {size}"].items():
+                        for curve in curves:
+                            yield about | {
+                                "method": method,
+                                "distance": np.nan,
+                                "ratio": epochs_to(curve, target) / spent,
+                                "diverged": not np.isfinite(float(curve[-1])),
+                                "num_gradients": 0.0,
+                            }
+
+
+def rows(found):
+    """The measures beside their bounds."""
+    runs = list(judged(found))
+    derived = [run for run in runs if run["method"] == "derived"]
+    result = []
+    for words, chosen in (
+        ("", derived),
+        (", workloads the rule was tuned on", [run for run in derived if run["tuned"]]),
+        (", the others", [run for run in derived if not run["tuned"]]),
+    ):
+        if not chosen:
+            continue
+        factors = np.array([max(run["distance"], 1 / run["distance"]) for run in chosen])
+        result += [
+            Row(
+                f"share of {len(chosen)} derived rates within 2 × of the good interval{words}",
+                (factors <= 2).mean(),
+                0.8,
+                True,
+                {},
+            ),
+            Row(f"share within 4 ×{words}", (factors <= 4).mean(), 1, True, {}),
+        ]
+    ratios = np.array([run["ratio"] for run in derived])
+    result += [
+        Row("farthest of all, as a factor", max(max(r["distance"], 1 / r["distance"]) for r in derived), 4, False, {}),
+        Row(
+            "epochs to the tuned target / the tuned run's, geometric mean where reached",
+            float(np.exp(np.log(ratios[np.isfinite(ratios)]).mean())),
+            1.25,
+            False,
+            {},
+        ),
+        Row("share of runs that reach the tuned target", np.isfinite(ratios).mean(), 1, True, {}),
+        Row("runs at the derived rate that diverge", sum(run["diverged"] for run in derived), 0, False, {}),
+        Row(
+            "gradients of all examples spent on a rate, at most",
+            max(run["num_gradients"] for run in derived),
+            30,
+            False,
+            {},
+        ),
+    ]
+    for method, shares in profile(runs, np.array([1.5])).items():
+        result.append(
+            Row(
+                f"within 1.5 × of the tuned run's epochs, constant rate, AdamW's cases: {method}",
+                shares[0],
+                0,
+                True,
+                {},
+            )
+        )
+    return result
+
+
+def profile(runs, factors):
+    """method -> the share of AdamW's cases whose target it reaches within each factor of the tuned run's epochs."""
+    chosen = [run for run in runs if run["schedule"] == "constant" and run["case"].startswith("adamw")]
+    methods = dict.fromkeys(run["method"] for run in chosen)
+    return {
+        method: [np.mean([run["ratio"] <= factor for run in chosen if run["method"] == method]) for factor in factors]
+        for method in methods
+    }
+
+
+def panels():
+    factors = np.geomspace(1 / 4, 8, 61)
+    runs = list(judged(FOUND))
+    shares = profile(runs, factors)
+    places = sorted({(run["workload"], run["case"]) for run in runs})
+    of = lambda schedule: [
+        statistics.median(
+            r["distance"]
+            for r in runs
+            if (r["workload"], r["case"]) == place and r["schedule"] == schedule and r["method"] == "derived"
+        )
+        for place in places
+    ]
+    return [
+        Panel(
+            name="profile",
+            title="AdamW's cases at a constant rate: how soon each method reaches the tuned run's loss",
+            xlabel="epochs / the tuned run's",
+            ylabel="share of runs",
+            series=[Series(method, factors, values, "line") for method, values in shares.items()],
+            xscale="log",
+        ),
+        Panel(
+            name="distance",
+            title="The derived rate's distance to the good interval, median of the seeds",
+            xlabel="case, in alphabetical order",
+            ylabel="factor; 1 is inside",
+            series=[Series(schedule, range(len(places)), of(schedule), "points") for schedule in SCHEDULES],
+            yscale="log",
+        ),
+    ]
