@@ -30,6 +30,7 @@ class _Fields(NamedTuple):
     means: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
     schedules: tuple[str, ...] = ()
+    growing: tuple[str, ...] = ()
 
 
 # By name, since not all of them are public.
@@ -41,7 +42,7 @@ _STATES = {
     "EmaState": _Fields(momentum=("ema",), counts=("count",)),
     "ScaleByAdamState": _Fields(momentum=("mu",), squares=("nu",), counts=("count",)),
     "ScaleByAmsgradState": _Fields(momentum=("mu",), squares=("nu", "nu_max"), counts=("count",)),
-    "ScaleByRssState": _Fields(squares=("sum_of_squares",)),
+    "ScaleByRssState": _Fields(squares=("sum_of_squares",), growing=("sum_of_squares",)),
     "ScaleByRmsState": _Fields(squares=("nu",)),
     "ScaleByRmsWithCountState": _Fields(squares=("nu",), counts=("count",)),
     "ScaleByRStdDevState": _Fields(squares=("nu",), means=("mu",)),
@@ -234,28 +235,53 @@ def check_proportional(make_optimizer: MakeOptimizer, params: ArrayTree) -> None
 
     Raises:
       TypeError: it is no maker; a part of its optimizer is not known; it has two momenta; it answers no small gradient
-        (a sign), goes up it, or divides by something else than the root of a second moment.
+        (a sign), goes up it, divides by a norm or by something else than the root of a second moment, or adds squares
+        up.
     """
     if not callable(make_optimizer):
         raise TypeError(f"make_optimizer: expected a maker such as optax.adam, got {type(make_optimizer).__name__}")
-    momenta = len(collect("momentum", jax.eval_shape(lambda: make_optimizer(1.0).init(params))))
+    fresh = jax.eval_shape(lambda: make_optimizer(1.0).init(params))
+    momenta = len(collect("momentum", fresh))
     if momenta > 1:
         raise TypeError(f"make_optimizer: expected at most one momentum, got {momenta}")
-    small, large = (_answers(make_optimizer, params, square) for square in (2.0**40, 2.0**42))
+    if collect("growing", fresh):
+        raise TypeError("make_optimizer: its sum of squares grows for ever and never settles; use range_test")
     name = getattr(make_optimizer, "__name__", "its optimizer")
-    if not max(map(float, jax.tree.leaves(small[1]))) > 0 or min(map(float, jax.tree.leaves(small[0]))) < 0:
+    least, largest, nonlinear, ratios = _tried(make_optimizer, params)
+    if not largest > 0 or least < 0:
         raise TypeError(
             f"make_optimizer: {name} does not step down a small gradient (does it take a sign, or is its rate 0?); "
             "find a rate by learning_rate.range_test"
         )
-    ratios = jax.tree.leaves(jax.tree.map(jnp.divide, small, large))
-    for ratio in map(float, ratios):
+    if not nonlinear <= float(jnp.finfo(nonlinear.dtype).eps) ** 0.5:
+        raise TypeError(
+            f"make_optimizer: {name} is not linear in the gradient (does it divide by a norm?); use range_test"
+        )
+    for ratio in map(float, jax.tree.leaves(ratios)):
         # 1 without second moments, 2 by their root, 0/0 where nothing is trained.
         if not (abs(ratio - 1) < 1e-2 or abs(ratio - 2) < 1e-2 or ratio != ratio):
             raise TypeError(f"make_optimizer: {name} does not divide by the root of a second moment; use range_test")
 
 
-def _answers(make_optimizer: MakeOptimizer, params: ArrayTree, square: float) -> tuple[ArrayTree, ArrayTree]:
-    """Each leaf's least and greatest step, beside second moments of one size."""
-    found = settled(make_optimizer, params, filled(square, params), filled(0, params)).steady
-    return jax.tree.map(jnp.min, found), jax.tree.map(jnp.max, found)
+@jax.jit(static_argnums=0)
+def _tried(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Array, Array, Array, ArrayTree]:
+    """The least and the largest step; how far one by next to no gradient is from linear; and each leaf's step beside
+    second moments of one size over that beside four times as large ones.
+    """
+    zeros = filled(0, params)
+    small, large = (
+        settled(make_optimizer, params, filled(square, params), zeros).steady for square in (2.0**40, 2.0**42)
+    )
+    optimizer = optax.with_extra_args_support(make_optimizer(1.0))
+    update = lambda g, state, p: optimizer.update(g, state, p, value=jnp.zeros(()), grad=zeros)
+    state = by_role("counts", lambda t: jnp.full_like(t, _LONG), optimizer.init(params))
+    state = by_role("squares", lambda x: filled(1, x), state)
+    # Of length 1/1000: below what a clip cuts, above what a norm is kept from.
+    length = optax.tree.norm(filled(1, params))
+    nonlinear = nonlinearity(update, state, params, optax.tree.scale(1e-3 / length, filled(1, params)))
+    return (
+        optax.tree.min(small),
+        optax.tree.max(small),
+        nonlinear,
+        jax.tree.map(lambda a, b: a.max() / b.max(), small, large),
+    )

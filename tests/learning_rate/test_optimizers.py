@@ -1,0 +1,74 @@
+"""The table of docs/optimizers.md, walked: each of optax's own makers gives what it says."""
+
+import inspect
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxnet import training
+from jaxnet.learning_rate import analyse, stability
+
+KEY = jax.random.key(0)
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
+TABLE = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE, re.MULTILINE))
+OTHERWISE = {
+    "noisy_sgd": lambda rate: optax.noisy_sgd(rate, key=0),
+    "lbfgs": lambda rate: optax.lbfgs(rate, linesearch=None),
+}
+PARAMS = {"w": jnp.full((2, 2), 0.3), "v": jnp.full(2, 0.1)}
+BATCH = jax.random.normal(KEY, (40, 6))
+CURVATURES = jnp.array([5.0, 2.0, 1.0, 0.5, 1.0, 1.0])
+
+
+def loss(params, batch):
+    """½ Σ_i h_i (ω_i − x_i)², the mean over examples: curvature h, noise h²Var(x)."""
+    flat = jnp.append(params["w"].ravel(), params["v"])
+    return 0.5 * jnp.mean(jnp.square(flat - batch) @ CURVATURES)
+
+
+def makers():
+    alias = inspect.getmodule(optax.adam)
+    return [
+        n for n, f in vars(alias).items() if inspect.isfunction(f) and f.__module__ == alias.__name__ and n[0] != "_"
+    ]
+
+
+def test_it_names_every_optimizer():
+    assert sorted(TABLE) == sorted(makers())
+
+
+@pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
+@pytest.mark.parametrize("name", TABLE)
+def test_stability(name):
+    said = TABLE[name].split(" | ")[0]
+    optimizer = OTHERWISE.get(name, getattr(optax, name))(1e-3)
+    update, state = jax.jit(training.make_update(loss, optimizer)), training.init_state(PARAMS, optimizer)
+    if said.startswith("refused"):
+        with pytest.raises((TypeError, ValueError), match="optimizer: "):
+            stability(loss, PARAMS, BATCH, optimizer, state.opt_state, key=KEY)
+        return
+    for _ in range(30):
+        state, _ = update(state, BATCH)
+    found = stability(loss, state.params, BATCH, optimizer, state.opt_state, key=KEY)
+    assert np.isnan(found.limit) == said.startswith("NaN")
+
+
+@pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
+@pytest.mark.parametrize("name", TABLE)
+def test_analyse(name):
+    said = TABLE[name].split(" | ")[1]
+    make = OTHERWISE.get(name, getattr(optax, name))
+    if said.startswith("refused"):
+        with pytest.raises(TypeError, match="optimizer: "):
+            analyse(loss, PARAMS, BATCH, key=KEY, make_optimizer=make, batch_sizes=[8])
+        return
+    found = analyse(loss, PARAMS, BATCH, key=KEY, make_optimizer=make, batch_sizes=[8])
+    assert found.optimizer == name
+    assert 0 < found.rate(8) < found.limit(8)
+    low, high = found.bracket(8)
+    assert low <= found.limit(8) <= high
