@@ -1,4 +1,4 @@
-"""A Flax NNX model in its own loop: its curvature, its learning rates, and an optimizer that follows λ_max.
+"""A Flax NNX model in its own loop: its curvature, its learning rates, and AdamW at the one derived for it.
 
 Run it: python examples/flax_nnx.py
 """
@@ -7,7 +7,7 @@ import jax
 import optax
 from flax import nnx
 
-from jaxnet import curvature, data, learning_rate, per_example
+from jaxnet import curvature, data, learning_rate
 
 key = jax.random.key(0)
 train, test = data.digits("train"), data.digits("test")
@@ -38,23 +38,23 @@ loss = lambda params, batch: loss_of(nnx.merge(definition, params), batch)
 
 sharp = curvature.sharpness(loss, params, train, key=key)
 print(f"λ_max = {float(sharp.value):.6g}, so 1/λ_max = {float(learning_rate.optimal(sharp.value)):.6g}")
-print(learning_rate.analyse(loss, params, train, key=key))
-norms = per_example.gradients(loss, params, train).norms()
-print(f"norms of {len(norms)} examples' gradients: {norms.min():.3g} to {norms.max():.3g}, mean {norms.mean():.3g}")
-
-# In the loop the rate is no number to choose: the optimizer keeps it in proportion to 1/λ_max as that moves.
-optimizer = nnx.Optimizer(model, learning_rate.sharpness_sgd(key=key), wrt=nnx.Param)
+# AdamW on batches of 64, at the rate that is derived for it, falling to 0 in a straight line.
+adamw = learning_rate.analyse(loss, params, train, key=key, make_optimizer=optax.adamw, batch_sizes=[64])
+print(adamw)
+num_steps = 10 * (len(train[1]) // 64)
+optimizer = nnx.Optimizer(model, optax.adamw(adamw.schedule(64, num_steps)), wrt=nnx.Param)
 
 
 @nnx.jit
 def step(model, optimizer, batch):
     value, grads = nnx.value_and_grad(loss_of)(model, batch)
-    optimizer.update(model, grads, value_fn=lambda params: loss(params, batch))
+    optimizer.update(model, grads)
     return value
 
 
-values = [step(model, optimizer, train) for _ in range(100)]
-followed = optimizer.opt_state[0]
-print(f"in the end λ_max is {float(followed.sharpness):.3g} and the rate {float(followed.rate):.3g}")
+start = loss_of(model, train)
+for epoch in range(10):
+    for batch in data.batches(train, 64, key=jax.random.fold_in(key, epoch), drop_last=True):
+        step(model, optimizer, batch)
 accuracy = (model(test[0]).argmax(axis=1) == test[1]).mean()
-print(f"loss {values[0]:.4g} to {values[-1]:.4g} in 100 steps; right on the test digits: {accuracy:.1%}")
+print(f"loss {start:.4g} to {loss_of(model, train):.4g} in {num_steps} steps; right on the test digits: {accuracy:.1%}")

@@ -31,10 +31,12 @@ def named(name):
     return next(script for script in EXAMPLES if script.name == name)
 
 
-@pytest.mark.parametrize("script", [s for s in EXAMPLES if s.name != "lecture.py"], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "script", [s for s in EXAMPLES if s.name not in ("lecture.py", "equinox_language_model.py")], ids=lambda s: s.name
+)
 def test_the_rate_is_one_over_lambda_and_training_at_it_lowers_the_loss(script, tmp_path):
     text = run(script, folder=tmp_path)
-    sharpness, rate = numbers(r"^λ_max +#", text)[0], numbers(r"^η_opt = 1/λ_max +#", text)[0]
+    sharpness, rate = numbers(r"^λ_max +#", text)[0], numbers(r"^1/λ_max +#", text)[0]
     np.testing.assert_allclose(sharpness * rate, 1, rtol=1e-3)
     for before, after in numbers(r"^loss.* # to #", text):
         assert after < before / 3
@@ -83,3 +85,10 @@ def test_the_lecture_opens_as_a_notebook():
         if cell in prose:
             assert all(line.startswith("#") for line in lines[1:])
         assert len(lines) < 35
+
+
+def test_the_language_model_does_better_at_the_derived_rate(tmp_path):
+    text = run(named("equinox_language_model.py"), folder=tmp_path)
+    assert numbers(r"^decided for the price of # gradients", text)[0] <= 30
+    derived, usual = numbers(r"^held-out loss at the \w+ rate, [\d.e-]+: [\d.]+ to #", text)
+    assert derived < usual - 0.3

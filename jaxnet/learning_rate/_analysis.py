@@ -81,7 +81,7 @@ class Analysis:
 
         λ is the largest curvature that the optimizer's alternating steps meet, p = (N − B)/(B(N − 1)), and q is what
         the scatter of the examples' curvatures adds; see `DerivedRates`. None is the full batch. An estimate: on
-        networks the exact limit was 0.35 to 1.1 of it; `bracket` holds it for certain.
+        networks the exact limit was 0.35 to 1.1 of it; `bracket` holds it.
 
         Raises:
           ValueError: B is none of those between the least and the largest looked at.
@@ -90,6 +90,9 @@ class Analysis:
 
     def bracket(self, batch_size: int | None) -> tuple[Array, Array]:
         """Two rates around the exact limit here: by the example of the largest curvature, by the sharpest direction.
+
+        As far as the examples used tell. The lower one needs Gauss–Newton matrices, so a loss of `mean_loss`; of
+        Hessians, which can be indefinite, it is a guess.
 
         Raises:
           ValueError: as `limit`.
@@ -220,7 +223,7 @@ class Analysis:
             (
                 f"limit, B = {smallest}",
                 float(self.limit(smallest)),
-                "for certain between {:.3g} and {:.3g}".format(*(float(x) for x in self.bracket(smallest))),
+                "exactly, between {:.3g} and {:.3g}".format(*(float(x) for x in self.bracket(smallest))),
             ),
         ]
 

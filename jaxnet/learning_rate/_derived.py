@@ -14,7 +14,7 @@ from jaxnet.curvature import eigsh, hessian
 from jaxnet.data import reshuffled
 from jaxnet.learning_rate._point import Point, limits, look, with_errors
 from jaxnet.learning_rate._point import greedy as greedy_of
-from jaxnet.learning_rate._response import alternating, check_proportional
+from jaxnet.learning_rate._response import alternating, at_constant_rate, check_proportional
 from jaxnet.training import init_state, make_update, trajectory
 
 # So many examples are looked at, or an eighth of all; of few a quarter, and no fewer than the last.
@@ -91,7 +91,7 @@ def derive(
     sample_key, look_key, probe_key = jax.random.split(key, 3)
     sample, used = _sample(data, n, sample_key)
     at = functools.partial(look, loss, make_optimizer, sample, n, batch_sizes, look_key)
-    here = at(params, whole=True)
+    here = at(params)
     greedy, greedy_error = greedy_of(here)
     limit, _ = limits(here)
     middle = int(np.argmin(np.abs(np.log(np.square(batch_sizes) / (batch_sizes[0] * batch_sizes[-1])))))
@@ -109,7 +109,7 @@ def derive(
         # The quadratic model promised a gain, and there was none: it holds less far than it says.
         first, greedy = first / 4, greedy / 4
     if losses[1] < losses[0]:
-        there = at(after, whole=False)
+        there = at(after)
         later, later_error = limits(there)
         spent = spent + np.array([point.num_gradients for point in there]) * used / n
     else:
@@ -204,7 +204,7 @@ def _run(
     n = contract.num_examples(data)
     passes = -(-steps * size // n)
     order = jax.vmap(lambda epoch: reshuffled(key, epoch, n))(jnp.arange(passes)).ravel()[: steps * size]
-    optimizer = make_optimizer(rate)
+    optimizer = at_constant_rate(make_optimizer, rate)
     update = make_update(loss, optimizer)
     step = lambda state, rows: update(state, jax.tree.map(lambda x: x[rows], data))
     return trajectory(step, init_state(params, optimizer), order.reshape(steps, size))[0].params
@@ -212,9 +212,9 @@ def _run(
 
 @functools.partial(jax.jit, static_argnames="make_optimizer")
 def _begin(make_optimizer: MakeOptimizer, rate: Array, params: ArrayTree) -> Any:
-    return init_state(params, make_optimizer(rate))
+    return init_state(params, at_constant_rate(make_optimizer, rate))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _streamed_step(loss: Loss, make_optimizer: MakeOptimizer, rate: Array, state: Any, batch: Any) -> Any:
-    return make_update(loss, make_optimizer(rate))(state, batch)
+    return make_update(loss, at_constant_rate(make_optimizer, rate))(state, batch)

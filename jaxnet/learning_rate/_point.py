@@ -16,7 +16,7 @@ from jaxnet.learning_rate._response import alternating, settled
 from jaxnet.per_example import gradients
 
 # Random directions for tr(RCRΣ), and for the matrices' norms; the relative accuracy of λ.
-_NOISES, _PROBES, _TOLERANCE = 4, 6, 0.1
+_NOISES, _PROBES, _TOLERANCE = 3, 5, 0.1
 # Examples whose forms are held at once.
 _AT_ONCE = 256
 
@@ -34,7 +34,7 @@ class Point(NamedTuple):
       largest: λ = λ_max(R^½CR^½ + D), R in answer to what alternates.
       scatter: p q, q = (E‖C_n‖² − ‖C‖²)/tr C of the examples' R^½C_nR^½, in Frobenius' norm.
       sharpest: p Var(v′R^½C_nR^½v)/λ along the sharpest direction v: the least that noise adds to λ.
-      worst: p max tr(R^½C_nR^½) over the examples used: more than noise adds.
+      worst: p max tr(R^½C_nR^½) over the examples used, or p q if that is more: more than noise adds.
       vector: v, from which the next search starts.
       response: R for a gradient that alternates, and D.
       num_gradients: the cost in gradients of the examples used; a product counts as three, a form as two.
@@ -65,20 +65,18 @@ def look(
     batch_sizes: tuple[int, ...],
     key: Array,
     params: ArrayTree,
-    *,
-    whole: bool,
 ) -> list[Point]:
     """What a step meets for each batch size; the search for λ starts from where the last one ended."""
     vector, points = optax.tree.zeros_like(params), []
     for size in batch_sizes:
         share = jnp.asarray(noise_share(size, n))
-        point = _look(loss, make_optimizer, params, data, n, share, key, vector, whole=whole)
+        point = _look(loss, make_optimizer, params, data, n, share, key, vector)
         vector = point.vector
         points.append(jax.tree.map(np.asarray, point._replace(vector=None)))
     return points
 
 
-@functools.partial(dataset.jit, static_argnames=("loss", "make_optimizer", "whole"))
+@functools.partial(dataset.jit, static_argnames=("loss", "make_optimizer"))
 def _look(
     loss: Loss,
     make_optimizer: MakeOptimizer,
@@ -88,8 +86,6 @@ def _look(
     share: Array,
     key: Array,
     vector: ArrayTree,
-    *,
-    whole: bool,
 ) -> Point:
     grads = gradients(loss, params, data)
     used, mean, variance = grads.num_examples, grads.mean(), grads.variance()
@@ -106,7 +102,7 @@ def _look(
 
     times = functools.partial(jax.tree.map, jnp.multiply)
     step = times(steady, mean)
-    signs = jax.random.rademacher(noise_key, (_NOISES if whole else 0, used), dtype=jnp.result_type(float))
+    signs = jax.random.rademacher(noise_key, (_NOISES, used), dtype=jnp.result_type(float))
     noises = [times(steady, grads.weighted_sum((s - s.mean()) / jnp.sqrt(used - 1.0))) for s in signs]
     half = jax.tree.map(jnp.sqrt, steady)
     probes, others = ([times(half, z) for z in _random_signs(k, params)] for k in probe_keys)
@@ -131,12 +127,12 @@ def _look(
     one = largest - optax.tree.vdot(vector, times(decay, vector))
     return Point(
         slope=(slope, slope_error),
-        along=(jnp.maximum(bent - excess * jnp.abs(noisy.mean()) if whole else bent, bent / 4), _error(along[:, 0])),
-        noise=(share * jnp.abs(noisy.mean()), share * _error(noisy)) if whole else None,
+        along=(jnp.maximum(bent - excess * jnp.abs(noisy.mean()), bent / 4), _error(along[:, 0])),
+        noise=(share * jnp.abs(noisy.mean()), share * _error(noisy)),
         largest=(largest, _error(top[:, 0]) * jnp.sqrt(jnp.maximum(0, 1 - used / n))),
         scatter=(share * scatter, share * scatter_error),
         sharpest=share * ratio * top.var(ddof=1) / one,
-        worst=share * traces.mean(axis=1).max(),
+        worst=share * jnp.maximum(traces.mean(axis=1).max(), scatter),
         vector=vector,
         response=(root, decay),
         num_gradients=3 * pairs.num_matvecs + 2 * rows.shape[1] + 3 + 2 * len(noises),

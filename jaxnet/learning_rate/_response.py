@@ -199,18 +199,44 @@ def settled(make_optimizer: MakeOptimizer, params: ArrayTree, squares: ArrayTree
     fresh = optimizer.init(params)
     state = by_role("counts", lambda t: jnp.full_like(t, _LONG), fresh)
     averages = by_role("means", lambda x: _placed(x, means), by_role("squares", lambda x: _placed(x, squares), state))
-    held = frozen(update, state, averages, params)
-    at = lambda count: by_role("schedules", lambda t: jnp.full_like(t, count), held)
-    if collect("schedules", fresh):
-        counts = jnp.append(0, 2 ** jnp.arange(_SCHEDULED.bit_length()))
-        height = lambda count: optax.tree.norm(driven(linearise(update, at(count), params), 1, 1, 0))
-        held = at(counts[lax.map(height, counts).argmax()])
-    linear = linearise(update, held, params)
+    linear = linearise(update, _at_height(update, frozen(update, state, averages, params), params), params)
     parts = driven(linear, 1, 1, 0), driven(linear, -1, 1, 0), driven(linear, -1, 0, 1)
     if collect("squares", fresh):
         # A parameter that no example moves has no scale, and no part in any step.
         parts = jax.tree.map(lambda r, s: jnp.where(s > 0, r, 0), parts, (squares,) * 3)
     return Response(*optax.tree.scale(-1, parts))
+
+
+def _at_height(update: Update, state: Any, params: ArrayTree) -> Any:
+    """The state with its schedules where they let through the most."""
+    if not collect("schedules", state):
+        return state
+    at = lambda count: by_role("schedules", lambda t: jnp.full_like(t, count), state)
+    counts = jnp.append(0, 2 ** jnp.arange(_SCHEDULED.bit_length()))
+    height = lambda count: optax.tree.norm(driven(linearise(update, at(count), params), 1, 1, 0))
+    return at(counts[lax.map(height, counts).argmax()])
+
+
+def at_constant_rate(make_optimizer: MakeOptimizer, rate: Array) -> optax.GradientTransformation:
+    """An optimizer whose update is in proportion to its rate, with its schedules held at their height.
+
+    Made with a rate of 1 and scaled, since not every schedule of optax takes a rate that is traced.
+    """
+    optimizer = optax.with_extra_args_support(make_optimizer(1.0))
+
+    def init(params: ArrayTree) -> Any:
+        held = by_role("counts", lambda t: jnp.full_like(t, _LONG), optimizer.init(params))
+        held = by_role("squares", lambda x: filled(1, x), held)
+        update = lambda g, state, p: optimizer.update(g, state, p, value=jnp.zeros(()), grad=g)
+        found = iter(collect("schedules", _at_height(update, held, params)))
+        return by_role("schedules", lambda _: next(found), optimizer.init(params))
+
+    def update(updates: ArrayTree, state: Any, params: ArrayTree | None = None, **others: Any) -> tuple[ArrayTree, Any]:
+        counts = iter(collect("schedules", state))
+        updates, state = optimizer.update(updates, state, params, **others)
+        return optax.tree.scale(rate, updates), by_role("schedules", lambda _: next(counts), state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _placed(places: Any, values: ArrayTree) -> Any:

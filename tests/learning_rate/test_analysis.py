@@ -164,8 +164,9 @@ def test_it_says_why(analysed):
 OPTIMIZERS = {
     "momentum": functools.partial(optax.sgd, momentum=0.9),
     "adamw": optax.adamw,
+    # Of a schedule that takes no traced rate.
     "chain": lambda rate: optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(rate, 99))
+        optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(0.0, rate, 9, 99))
     ),
 }
 
