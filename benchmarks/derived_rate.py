@@ -27,7 +27,7 @@ QUICK_PEERS = ("prodigy", "schedule_free_adamw", "CDAT(adam)")
 FOUND = {}
 
 
-def run(quick=False, folder=pathlib.Path("derived-rate")):
+def run(quick=False, folder=pathlib.Path("docs/derived-rate")):
     folder = folder / "quick" if quick else folder
     folder.mkdir(parents=True, exist_ok=True)
     for name in QUICK if quick else WORKLOADS:
@@ -35,10 +35,16 @@ def run(quick=False, folder=pathlib.Path("derived-rate")):
         if not path.exists():
             start = time.process_time()
             found = measure(WORKLOADS[name], *((SEEDS[:1], QUICK_PEERS) if quick else (SEEDS, tuple(contenders.FREE))))
-            path.write_text(to_json({"cases": found, "cpu_seconds": time.process_time() - start}))
+            path.write_text(short({"cases": found, "cpu_seconds": time.process_time() - start}))
             print(f"{name}: {time.process_time() - start:.0f} CPU-seconds", flush=True)
         FOUND[name] = json.loads(path.read_text(), parse_constant=float)
     return rows(FOUND)
+
+
+def short(found):
+    """JSON on one line, numbers to five digits."""
+    rounded = json.loads(to_json(found), parse_float=lambda digits: float(f"{float(digits):.5g}"))
+    return json.dumps(rounded, separators=(",", ":")) + "\n"
 
 
 def measure(workload, seeds, peers):
