@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxnet import contract, dataset
@@ -158,8 +159,11 @@ class Analysis:
         batch = "the full batch" if batch_size in (None, self.num_examples) else f"batches of {batch_size}"
         if not rate > 0:
             return f"{self.optimizer} on {batch}: no rate follows, since no step from here was seen to lower the loss"
+        begins = f"{self.optimizer} on {batch}: η = {rate:.3g} ± {error:.1g}, "
+        if not np.isfinite(self.derived.probe_losses[0]):
+            return f"{begins}half of the limit of stability in this state, {later:.3g}"
         words = (
-            f"{self.optimizer} on {batch}: η = {rate:.3g} ± {error:.1g}, midway between the best single step here, "
+            f"{begins}midway between the best single step here, "
             f"{greedy:.3g}, and half of the limit of stability where a short run leads, {later:.3g}"
         )
         limit = float(self.limit(batch_size))
@@ -266,6 +270,7 @@ def analyse(
     key: Array,
     make_optimizer: MakeOptimizer = optax.sgd,
     batch_sizes: Sequence[int] | None = None,
+    opt_state: Any = None,
     tol: float = 1e-3,
     num_probes: int = 32,
 ) -> Analysis:
@@ -282,6 +287,8 @@ def analyse(
         rate that makes a chain; see the table of optimizers in the documentation. Its update is to be in proportion to
         the rate. Clipping is taken as not in force, and a schedule at its height.
       batch_sizes: the B to look at; by default 1, 8, 64, … and N.
+      opt_state: the optimizer's state where training is under way at ``params``; its second moments are then taken as
+        they are, there is no probe run, and the rate is half of the limit here.
       tol: relative accuracy of λ_max.
       num_probes: random probes for tr(HΣ).
 
@@ -290,7 +297,7 @@ def analyse(
 
     Raises:
       TypeError: the arguments do not fit the contract, or the optimizer is none of those.
-      ValueError: a batch size is not in 1…N.
+      ValueError: a batch size is not in 1…N; or the state is another optimizer's.
       UserError: the loss or its curvature is not finite; or there is no positive curvature, so that no rate follows
         from it; or the loss is no mean of independent examples.
     """
@@ -299,6 +306,11 @@ def analyse(
     params = jax.tree.map(jnp.asarray, params)
     n = dataset.num_examples(batch)
     sizes = _sizes(batch_sizes, n)
+    if opt_state is not None:
+        fresh = jax.eval_shape(lambda: make_optimizer(1.0).init(params))
+        structures: list[Any] = [jax.tree.structure(state) for state in (fresh, opt_state)]
+        if structures[0] != structures[1]:
+            raise ValueError("opt_state: expected the state of this maker's optimizer, got one of another structure")
     curvature_key, probe_key, derived_key = jax.random.split(key, 3)
     sharp = sharpness(loss, params, batch, key=curvature_key, tol=tol, sampling_error=True)
     noise = noise_scale(loss, params, batch)
@@ -313,7 +325,7 @@ def analyse(
         )
     check_independent(loss, params, batch)
     curvature = noisy_curvature(loss, params, batch, key=probe_key, num_probes=num_probes)
-    derived = derive(loss, params, batch, make_optimizer, sizes, key=derived_key, tol=tol)
+    derived = derive(loss, params, batch, make_optimizer, sizes, opt_state=opt_state, key=derived_key, tol=tol)
     return Analysis(sharp, noise, curvature, derived, n, name_of(make_optimizer))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,6 +70,7 @@ def derive(
     make_optimizer: MakeOptimizer,
     batch_sizes: tuple[int, ...],
     *,
+    opt_state: Any,
     key: Array,
     tol: float,
 ) -> DerivedRates:
@@ -80,6 +82,7 @@ def derive(
       data: N examples, or a `dataset.Stream`, whose batches are then the probe run's.
       make_optimizer: a maker such as `optax.adam`.
       batch_sizes: rising, from 1 to N.
+      opt_state: its state where training is under way, or None.
       key: for the examples used, the random directions and the probe run's order.
       tol: relative accuracy of ``largest``.
 
@@ -91,38 +94,42 @@ def derive(
     sample_key, look_key, probe_key = jax.random.split(key, 3)
     sample, used = _sample(data, n, sample_key)
     at = functools.partial(look, loss, make_optimizer, sample, n, batch_sizes, look_key)
-    here = at(params)
+    here = at(params, opt_state)
     greedy, greedy_error = greedy_of(here)
-    limit, _ = limits(here)
+    limit, limit_error = limits(here)
+    scatter, scatter_error = with_errors(here, "scatter")
+    largest = _largest(loss, params, data, here, key=look_key, tol=tol)
     middle = int(np.argmin(np.abs(np.log(np.square(batch_sizes) / (batch_sizes[0] * batch_sizes[-1])))))
     size = batch_sizes[middle]
-    steps = max(_STEPS, -(-n // size))
+    spent = _spent(here, used / n)
     first, losses = min(greedy[middle], limit[middle] / 2), np.full(2, np.nan)
-    spent = np.zeros_like(greedy)
-    for _ in range(_TRIES):
-        if not (np.isfinite(first) and first > 0):
-            break
-        after, losses = _probe(loss, make_optimizer, params, data, sample, first, probe_key, size=size, steps=steps)
-        spent = spent + (steps * size + 2 * used) / n
-        if losses[1] < losses[0]:
-            break
-        # The quadratic model promised a gain, and there was none: it holds less far than it says.
-        first, greedy = first / 4, greedy / 4
-    if losses[1] < losses[0]:
-        there = at(after)
-        later, later_error = limits(there)
-        spent = spent + np.array([point.num_gradients for point in there]) * used / n
+    if opt_state is not None:
+        # Under way the best single step falls as the gradient does, and says nothing of a run: the limit alone counts.
+        later = 2 / (largest + scatter)
+        later_error = later * limit_error / limit
+        rate, rate_error = later / 2, later_error / 2
     else:
+        steps = max(_STEPS, -(-n // size))
+        run = functools.partial(
+            _probe, loss, make_optimizer, params, data, sample, key=probe_key, size=size, steps=steps
+        )
+        after, losses, tries = _descend(run, first)
+        # The quadratic model promised a gain; where there was none, it holds less far than it says.
+        first, greedy = (rate / 4 ** (tries - 1) for rate in (first, greedy))
+        spent = spent + tries * (steps * size + 2 * used) / n
         later = later_error = np.full_like(greedy, np.nan)
-    rate = np.sqrt(greedy * later / 2)
-    spent = spent + np.array([point.num_gradients for point in here]) * used / n
-    scatter, scatter_error = with_errors(here, "scatter")
+        if after is not None:
+            there = at(after, None)
+            later, later_error = limits(there)
+            spent = spent + _spent(there, used / n)
+        rate = np.sqrt(greedy * later / 2)
+        rate_error = rate / 2 * np.hypot(greedy_error / greedy, later_error / later)
     arrays = {
         "rate": rate,
-        "rate_error": rate / 2 * np.hypot(greedy_error / greedy, later_error / later),
+        "rate_error": rate_error,
         "greedy": greedy,
         "greedy_error": greedy_error,
-        "largest": _largest(loss, params, data, here, key=look_key, tol=tol),
+        "largest": largest,
         "scatter": scatter,
         "scatter_error": scatter_error,
         "sharpest": [point.sharpest for point in here],
@@ -136,6 +143,23 @@ def derive(
     return DerivedRates(
         **{name: jnp.asarray(values) for name, values in arrays.items()}, batch_sizes=batch_sizes, probe_batch_size=size
     )
+
+
+def _spent(points: list[Point], share: float) -> np.ndarray:
+    """The cost in gradients of all examples."""
+    return np.array([point.num_gradients for point in points]) * share
+
+
+def _descend(run: Callable[[float], tuple[ArrayTree, np.ndarray]], rate: float) -> tuple[Any, np.ndarray, int]:
+    """Where a run that lowers the loss leads, its losses, and how many were tried: each at a quarter of the rate."""
+    losses = np.full(2, np.nan)
+    if not (np.isfinite(rate) and rate > 0):
+        return None, losses, 1
+    for tries in range(1, _TRIES + 1):
+        after, losses = run(rate / 4 ** (tries - 1))
+        if losses[1] < losses[0]:
+            return after, losses, tries
+    return None, losses, _TRIES
 
 
 def _largest(loss: Loss, params: ArrayTree, data: Any, points: list[Point], *, key: Array, tol: float) -> np.ndarray:
@@ -170,8 +194,8 @@ def _probe(
     data: Any,
     sample: Any,
     rate: float,
-    key: Array,
     *,
+    key: Array,
     size: int,
     steps: int,
 ) -> tuple[ArrayTree, np.ndarray]:

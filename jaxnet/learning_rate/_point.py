@@ -12,7 +12,7 @@ from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
 from jaxnet.curvature import Eigensolver
 from jaxnet.learning_rate._forms import curvature, forms
-from jaxnet.learning_rate._response import alternating, settled
+from jaxnet.learning_rate._response import alternating, held_in, settled
 from jaxnet.per_example import gradients
 
 # Random directions for tr(RCRΣ), and for the matrices' norms; the relative accuracy of λ.
@@ -65,12 +65,13 @@ def look(
     batch_sizes: tuple[int, ...],
     key: Array,
     params: ArrayTree,
+    opt_state: Any,
 ) -> list[Point]:
     """What a step meets for each batch size; the search for λ starts from where the last one ended."""
     vector, points = optax.tree.zeros_like(params), []
     for size in batch_sizes:
         share = jnp.asarray(noise_share(size, n))
-        point = _look(loss, make_optimizer, params, data, n, share, key, vector)
+        point = _look(loss, make_optimizer, params, data, n, share, key, vector, opt_state)
         vector = point.vector
         points.append(jax.tree.map(np.asarray, point._replace(vector=None)))
     return points
@@ -86,6 +87,7 @@ def _look(
     share: Array,
     key: Array,
     vector: ArrayTree,
+    opt_state: Any,
 ) -> Point:
     grads = gradients(loss, params, data)
     used, mean, variance = grads.num_examples, grads.mean(), grads.variance()
@@ -93,7 +95,10 @@ def _look(
     excess = 1 / used - 1 / n
     share = share * (1 - 1 / n)  # of the unbiased covariance
     squares = jax.tree.map(lambda m, v: jnp.maximum(m * m - excess * v, 0) + share * v, mean, variance)
-    steady, switching, decay = settled(make_optimizer, params, squares, mean)
+    if opt_state is None:
+        steady, switching, decay = settled(make_optimizer, params, squares, mean)
+    else:
+        steady, switching, decay = held_in(make_optimizer, params, opt_state)
     op, root = curvature(loss, params, data), jax.tree.map(jnp.sqrt, switching)
     search_key, noise_key, *probe_keys = jax.random.split(key, 4)
     solver = Eigensolver(op.space, warm=True)

@@ -192,19 +192,35 @@ def settled(make_optimizer: MakeOptimizer, params: ArrayTree, squares: ArrayTree
       means: E[g].
     """
     optimizer = optax.with_extra_args_support(make_optimizer(1.0))
-
-    def update(g: ArrayTree, state: Any, p: ArrayTree) -> tuple[ArrayTree, Any]:
-        return optimizer.update(g, state, p, value=jnp.zeros(()), grad=means)
-
+    update = lambda g, state, p: optimizer.update(g, state, p, value=jnp.zeros(()), grad=means)
     fresh = optimizer.init(params)
     state = by_role("counts", lambda t: jnp.full_like(t, _LONG), fresh)
     averages = by_role("means", lambda x: _placed(x, means), by_role("squares", lambda x: _placed(x, squares), state))
-    linear = linearise(update, _at_height(update, frozen(update, state, averages, params), params), params)
-    parts = driven(linear, 1, 1, 0), driven(linear, -1, 1, 0), driven(linear, -1, 0, 1)
+    held = _at_height(update, frozen(update, state, averages, params), params)
+    parts = _parts(linearise(update, held, params))
     if collect("squares", fresh):
         # A parameter that no example moves has no scale, and no part in any step.
-        parts = jax.tree.map(lambda r, s: jnp.where(s > 0, r, 0), parts, (squares,) * 3)
-    return Response(*optax.tree.scale(-1, parts))
+        parts = jax.tree.map(lambda r, s: jnp.where(s > 0, r, 0), parts, Response(*(squares,) * 3))
+    return parts
+
+
+def held_in(make_optimizer: MakeOptimizer, params: ArrayTree, opt_state: Any) -> Response:
+    """The response of an optimizer in a state, its averages of squares held, a schedule where it stands."""
+    optimizer = optax.with_extra_args_support(make_optimizer(1.0))
+    update = lambda g, state, p: optimizer.update(g, state, p, value=jnp.zeros(()), grad=g)
+    if optax.tree.get_all_with_path(opt_state, "learning_rate", lambda _, x: hasattr(x, "dtype")):
+        opt_state = optax.tree.set(opt_state, learning_rate=jnp.ones(()))
+    return _parts(linearise(update, frozen(update, before(opt_state), opt_state, params), params))
+
+
+def before(opt_state: Any) -> Any:
+    """The state with its counts a step back, so that the next update corrects its averages as they stand."""
+    return by_role("counts", lambda t: t - 1, opt_state)
+
+
+def _parts(linear: Linear) -> Response:
+    steady, alternating, decay = driven(linear, 1, 1, 0), driven(linear, -1, 1, 0), driven(linear, -1, 0, 1)
+    return Response(*optax.tree.scale(-1, (steady, alternating, decay)))
 
 
 def _at_height(update: Update, state: Any, params: ArrayTree) -> Any:

@@ -13,6 +13,7 @@ from jaxnet.contract import Array, ArrayTree, Loss, UserError
 from jaxnet.curvature import eigsh, hessian
 from jaxnet.learning_rate._response import (
     alternating,
+    before,
     by_role,
     collect,
     driven,
@@ -186,7 +187,7 @@ def _respond(
     injected = [x for _, x in optax.tree.get_all_with_path(after, "learning_rate", lambda _, x: hasattr(x, "dtype"))]
     if len(injected) == 1:
         rate, spread = injected[0].astype(rate.dtype), jnp.zeros_like(spread)
-    linear = linearise(update, frozen(update, by_role("counts", lambda t: t - 1, opt_state), opt_state, params), params)
+    linear = linearise(update, frozen(update, before(opt_state), opt_state, params), params)
     response, decay = optax.tree.scale(-1, (driven(linear, -1, 1, 0), driven(linear, -1, 0, 1)))
     return _Response(
         root=jax.tree.map(jnp.sqrt, response),

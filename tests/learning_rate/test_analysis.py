@@ -203,3 +203,25 @@ def test_a_schedule_falls_in_a_line_from_the_rate(analysed):
     np.testing.assert_allclose([float(full(t)) for t in (0, 10, 55, 100)], [0, rate, rate / 2, 0], rtol=1e-5)
     with pytest.raises(ValueError, match="num_steps"):
         found.schedule(8, 0)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw", "named"])
+def test_under_way_it_takes_the_state_as_it_is(analysed, name):
+    """On the full batch its limit is that of `stability`, which linearises the update in that state."""
+    loss, params, batch, _ = analysed
+    make = OPTIMIZERS.get(name, optax.inject_hyperparams(optax.adam))
+    optimizer = make(0.01)
+    state = training.init_state(params, optimizer)
+    update = jax.jit(training.make_update(loss, optimizer))
+    for _ in range(20):
+        state, _ = update(state, batch)
+    wanted = learning_rate.stability(loss, state.params, batch, optimizer, state.opt_state, key=KEY)
+    found = learning_rate.analyse(
+        loss, state.params, batch, key=KEY, make_optimizer=make, batch_sizes=[8, 300], opt_state=state.opt_state
+    )
+    np.testing.assert_allclose(found.limit(None), wanted.limit, rtol=3e-3)
+    np.testing.assert_allclose(found.rate(None), found.limit(None) / 2, rtol=1e-5)
+    assert found.rate(8) < found.rate(None)
+    assert "in this state" in found.reason(8)
+    with pytest.raises(ValueError, match="opt_state: expected the state"):
+        learning_rate.analyse(loss, params, batch, key=KEY, make_optimizer=optax.rmsprop, opt_state=state.opt_state)
