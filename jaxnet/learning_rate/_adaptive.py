@@ -40,6 +40,11 @@ class ScaleBySharpnessState(NamedTuple):
     since: Array
     norm: Array
 
+    @property
+    def whole_batch(self) -> bool:
+        """That it needs all examples in each step: `jaxnet.training.fit` reads this, and refuses mini-batches."""
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
@@ -62,8 +67,9 @@ def scale_by_sharpness(
     fraction/|λ_max|, or 0 where that is 0 or not finite.
 
     It works in any loop that passes ``value_fn`` to ``update``, as optax's line searches want it, under `jax.jit` and
-    in `lax.scan`: the loss as a function of the params, on the data whose curvature should decide. With a mini-batch's
-    that is the mini-batch's curvature, whose λ_max is larger than that of all data.
+    in `lax.scan`: the loss as a function of the params, on the data whose curvature should decide. That is to be all of
+    the data: a mini-batch's λ_max is larger, and its noise is not seen at all, so that runs on mini-batches fail at
+    rates that look derived. `jaxnet.training.fit` refuses them; `analyse` derives a rate for them.
 
     Args:
       key: a `jax.random.key` for the start vectors.
@@ -132,7 +138,7 @@ def scale_by_sharpness(
 def sharpness_sgd(
     *, key: Array, fraction: Array | float = 1.9, every: int = 10, momentum: float = 0.9, nesterov: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Gradient descent with momentum whose rate is fraction/λ_max all along: nothing to tune.
+    """Gradient descent with momentum, on the full batch, whose rate is fraction/λ_max all along: nothing to tune.
 
     Args:
       key: a `jax.random.key`, as for `scale_by_sharpness`.

@@ -212,6 +212,7 @@ def _epochs(
     if not dataset.on_host(data):
         augmented = program.augment(key, data) if program.augment else data
         contract.check(program.loss, carry.state.params, augmented)
+    _check_whole_batch(program, carry.state.opt_state, data)
 
     def one_epoch(carry: Carry) -> tuple[Carry, Rows]:
         # Where the validation alone is on the host, the epoch is a program of its own.
@@ -250,6 +251,19 @@ def _epochs(
         (jnp.zeros((), jnp.int32), carry, rows),
     )
     return carry, rows, done
+
+
+def _check_whole_batch(program: Program, opt_state: Any, data: Any) -> None:
+    """Refuse mini-batches to an optimizer whose state says that it needs all examples in each step."""
+    says = lambda node: hasattr(node, "whole_batch")
+    needed = any(map(says, jax.tree.leaves(opt_state, is_leaf=says)))
+    size = program.batch_size
+    if needed and size is not None and (dataset.on_host(data) or size < contract.num_examples(data)):
+        raise ValueError(
+            f"batch_size: this optimizer follows the curvature of the batch it is given, which a mini-batch's noise "
+            f"raises, and B = {size} is less than all examples; pass None, or train at the rate that "
+            "jaxnet.learning_rate.analyse derives for this batch size"
+        )
 
 
 _compiled_epoch = dataset.jit(_epoch, static_argnames="program")

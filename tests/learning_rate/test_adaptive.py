@@ -162,6 +162,19 @@ def digits_problem():
     return losses.mean_loss(model.apply, losses.softmax_cross_entropy), model.init(KEY, (64,)), batch
 
 
+def test_mini_batches_are_refused():
+    loss, params, batch = digits_problem()
+    make = lambda rate: sharpness_sgd(key=KEY, fraction=rate)
+    how = {"num_epochs": 1, "key": KEY}
+    for held, size in ((batch, 20), ([batch, batch], 200)):
+        with pytest.raises(ValueError, match="batch_size: this optimizer follows the curvature of the batch"):
+            training.fit(loss, params, held, make, learning_rate=1.0, batch_size=size, **how)
+    with pytest.raises(ValueError, match="batch_size: this optimizer"):
+        training.sweep(loss, params, batch, make, learning_rates=[1.0], batch_size=20, **how)
+    found = training.fit(loss, params, batch, make, learning_rate=1.0, batch_size=200, **how)
+    assert np.isfinite(found.history.loss).all()
+
+
 def test_fit_hands_it_the_loss():
     loss, params, batch = digits_problem()
     make = lambda fraction: sharpness_sgd(key=KEY, fraction=fraction)
