@@ -87,6 +87,7 @@ def test_the_lecture_opens_as_a_notebook():
         assert len(lines) < 35
 
 
+@pytest.mark.slow
 def test_the_language_model_does_better_at_the_derived_rate(tmp_path):
     text = run(named("equinox_language_model.py"), folder=tmp_path)
     assert numbers(r"^decided for the price of # gradients", text)[0] <= 30
