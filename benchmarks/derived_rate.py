@@ -37,8 +37,13 @@ def run(quick=False, folder=pathlib.Path("docs/derived-rate")):
             found = measure(WORKLOADS[name], *((SEEDS[:1], QUICK_PEERS) if quick else (SEEDS, tuple(contenders.FREE))))
             path.write_text(short({"cases": found, "cpu_seconds": time.process_time() - start}))
             print(f"{name}: {time.process_time() - start:.0f} CPU-seconds", flush=True)
-        FOUND[name] = json.loads(path.read_text(), parse_constant=float)
-    return rows(FOUND)
+    return rows(read(folder))
+
+
+def read(folder):
+    """The workloads that are done, by name."""
+    FOUND.update({path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))})
+    return FOUND
 
 
 def short(found):

@@ -139,11 +139,7 @@ class Run:
     diverged: bool
     sweep_rates: np.ndarray
     sweep_losses: np.ndarray
-
-    @property
-    def best_loss(self) -> float:
-        """The lowest loss along the run, on held-out data where there are any."""
-        return float(np.nanmin(self.test_loss if np.isfinite(self.test_loss).any() else self.loss))
+    lowest_loss: float
 
 
 def _train(
@@ -198,10 +194,12 @@ def _train(
         diverged=result.stopped.reason == "diverged" or not np.isfinite(history.metrics["loss"][-1]),
         sweep_rates=rates,
         sweep_losses=np.array([_lowest(run.history) for run in swept]),
+        lowest_loss=_lowest(history),
     )
 
 
 def _lowest(history: training.History) -> float:
+    """After any epoch, on held-out data where there are any; inf where none is finite."""
     losses_along = history.validation.get("loss", history.metrics["loss"])
     finite = losses_along[np.isfinite(losses_along)]
     return float(finite.min()) if finite.size else np.inf
@@ -217,7 +215,7 @@ def _with_runs(found: Record, runs: list[Run], analysis: Analysis, sampled: int)
             (
                 f"best of a sweep, {run.name}",
                 run.sweep_rates[best],
-                f"{len(run.sweep_rates)} octaves: lowest loss {run.sweep_losses[best]:.3g}, at η {run.best_loss:.3g}",
+                f"{len(run.sweep_rates)} octaves: lowest loss {run.sweep_losses[best]:.3g}, at η {run.lowest_loss:.3g}",
             )
         )
         claims.append(
@@ -225,7 +223,7 @@ def _with_runs(found: Record, runs: list[Run], analysis: Analysis, sampled: int)
                 record.slug("near_the_best", run.name.partition(",")[0]),
                 f"{run.name}: lowest loss at its rate, against twice the least of the sweep",
                 2 * run.sweep_losses[best],
-                run.best_loss,
+                run.lowest_loss,
             )
         )
     measurements = {**found.measurements, "runs": [dataclasses.asdict(run) for run in runs]}
@@ -314,6 +312,8 @@ def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> 
             params, batch = jax.tree.map(double, (task.params, batch))
             ladder = learning_rate.measure_stability(task.loss, params, batch, make, rates=rates, key=keys[1])
         sampling += ", in float64"
+    # In NumPy, which keeps the double precision that JAX has only inside of the block above.
+    ladder = jax.tree.map(np.asarray, ladder)
     limit, error = float(ladder.limit), float(ladder.limit_error)
     high = float(ladder.plain_bracket[1])
     rows = [

@@ -92,8 +92,8 @@ class Analysis:
     def bracket(self, batch_size: int | None) -> tuple[Array, Array]:
         """Two rates around the exact limit here: by the example of the largest curvature, by the sharpest direction.
 
-        As far as the examples used tell. The lower one needs Gauss–Newton matrices, so a loss of `mean_loss`; of
-        Hessians, which can be indefinite, it is a guess.
+        As far as the examples used tell. The lower one needs Gauss–Newton matrices, so a loss of `mean_loss`, and is
+        NaN for batches of any other.
 
         Raises:
           ValueError: as `limit`.
@@ -128,6 +128,8 @@ class Analysis:
                 f"batch_size: expected {sizes[0]} to {sizes[-1]}, the sizes that were looked at, got {size}; "
                 "name it in batch_sizes"
             )
+        if size in sizes:
+            return jnp.asarray(values)[sizes.index(size)]
         return jnp.exp(jnp.interp(jnp.log(size), jnp.log(jnp.array(sizes)), jnp.log(jnp.asarray(values))))
 
     def schedule(self, batch_size: int | None, num_steps: int) -> optax.Schedule:
@@ -142,10 +144,13 @@ class Analysis:
 
         Raises:
           ValueError: as `limit`; or there are no steps.
+          UserError: no rate follows.
         """
         if num_steps < 1:
             raise ValueError(f"num_steps: expected 1 or more, got {num_steps}")
         peak = float(self.rate(batch_size))
+        if not peak > 0:
+            raise UserError(self.reason(batch_size))
         if peak <= float(self.limit(batch_size)):
             return optax.linear_schedule(peak, 0.0, num_steps)
         rising = max(1, num_steps // 10)
@@ -227,9 +232,13 @@ class Analysis:
             (
                 f"limit, B = {smallest}",
                 float(self.limit(smallest)),
-                "exactly, between {:.3g} and {:.3g}".format(*(float(x) for x in self.bracket(smallest))),
+                f"here; the exact one is {self._within(smallest)}",
             ),
         ]
+
+    def _within(self, batch_size: int) -> str:
+        low, high = (float(end) for end in self.bracket(batch_size))
+        return f"between {low:.3g} and {high:.3g}" if np.isfinite(low) else f"at most {high:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as names and numbers."""

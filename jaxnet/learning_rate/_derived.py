@@ -33,9 +33,9 @@ class DerivedRates:
       rate: √(greedy · ½ later_limit), the rate to train at; NaN where no step from here lowers the loss.
       greedy: g·Rg/(Rg·CRg + p tr(RCRΣ)), which lowers the expected loss most in one step from here.
       largest: λ_max(R^½HR^½ + D) here, on all examples, for a rate of 1.
-      scatter: p q, what noise adds to it: 2/(λ + p q) is where the mean square begins to grow.
+      scatter: p q, at least ``sharpest``, what noise adds to it: 2/(λ + p q) is where the mean square begins to grow.
       sharpest: p Var(v′C_nv)/λ, the least that it adds, along the sharpest direction v.
-      worst: p max tr C_n, more than it adds.
+      worst: p max tr C_n, more than it adds; NaN where C_n are Hessians.
       later_limit: 2/(λ + p q) where the probe run ended.
       *_error: standard errors, over the random directions and the examples used.
       probe_rate: the rate of the probe run.
@@ -97,7 +97,10 @@ def derive(
     here = at(params, opt_state)
     greedy, greedy_error = greedy_of(here)
     limit, limit_error = limits(here)
+    sharpest = np.array([point.sharpest for point in here])
     scatter, scatter_error = with_errors(here, "scatter")
+    # An estimate above what the sharpest direction alone bears would be a permit that does not hold.
+    scatter = np.maximum(scatter, sharpest)
     largest = _largest(loss, params, data, here, key=look_key, tol=tol)
     middle = int(np.argmin(np.abs(np.log(np.square(batch_sizes) / (batch_sizes[0] * batch_sizes[-1])))))
     size = batch_sizes[middle]
@@ -132,7 +135,7 @@ def derive(
         "largest": largest,
         "scatter": scatter,
         "scatter_error": scatter_error,
-        "sharpest": [point.sharpest for point in here],
+        "sharpest": sharpest,
         "worst": [point.worst for point in here],
         "later_limit": later,
         "later_limit_error": later_error,

@@ -11,7 +11,7 @@ import optax
 from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
 from jaxnet.curvature import Eigensolver
-from jaxnet.learning_rate._forms import curvature, forms
+from jaxnet.learning_rate._forms import curvature, forms, parts_known
 from jaxnet.learning_rate._response import alternating, held_in, settled
 from jaxnet.per_example import gradients
 
@@ -34,7 +34,8 @@ class Point(NamedTuple):
       largest: λ = λ_max(R^½CR^½ + D), R in answer to what alternates.
       scatter: p q, q = (E‖C_n‖² − ‖C‖²)/tr C of the examples' R^½C_nR^½, in Frobenius' norm.
       sharpest: p Var(v′R^½C_nR^½v)/λ along the sharpest direction v: the least that noise adds to λ.
-      worst: p max tr(R^½C_nR^½) over the examples used, or p q if that is more: more than noise adds.
+      worst: p max tr(R^½C_nR^½) over the examples used: more than noise adds. NaN where C_n are Hessians, for which no
+        such bound holds.
       vector: v, from which the next search starts.
       response: R for a gradient that alternates, and D.
       num_gradients: the cost in gradients of the examples used; a product counts as three, a form as two.
@@ -89,6 +90,7 @@ def _look(
     vector: ArrayTree,
     opt_state: Any,
 ) -> Point:
+    bounded = parts_known(loss)
     grads = gradients(loss, params, data)
     used, mean, variance = grads.num_examples, grads.mean(), grads.variance()
     # What the mean of these examples has too much of, beside that of all of them, wherever it is squared.
@@ -137,7 +139,7 @@ def _look(
         largest=(largest, _error(top[:, 0]) * jnp.sqrt(jnp.maximum(0, 1 - used / n))),
         scatter=(share * scatter, share * scatter_error),
         sharpest=share * ratio * top.var(ddof=1) / one,
-        worst=share * jnp.maximum(traces.mean(axis=1).max(), scatter),
+        worst=share * jnp.maximum(traces.mean(axis=1).max(), scatter) if bounded else jnp.where(share > 0, jnp.nan, 0),
         vector=vector,
         response=(root, decay),
         num_gradients=3 * pairs.num_matvecs + 2 * rows.shape[1] + 3 + 2 * len(noises),

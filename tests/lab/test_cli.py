@@ -162,36 +162,6 @@ def test_a_file_of_ones_own_in_double_precision(tmp_path):
     )
 
 
-def test_another_optimizer_is_held_against_a_sweep_of_its_own(tmp_path):
-    out = tmp_path / "out"
-    done = jaxnet("analyse", *SMALL[:4], "--num-epochs", 10, "--batch-size", 10, "--optimizer", "adamw", "--out", out)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((out / "record.json").read_text())
-    assert found["measurements"]["optimizer"] == "adamw"
-    keys = [claim["key"] for claim in found["claims"]]
-    assert keys == ["limit", "near_the_best_full_batch", "near_the_best_mini_batch", "near_the_best_stochastic"]
-    for run, claim in zip(found["measurements"]["runs"], found["claims"][1:], strict=True):
-        assert run["rate"] == found["measurements"]["recommended"][[1, 10, 100].index(run["batch_size"] or 100)]
-        np.testing.assert_allclose(claim["predicted"], 2 * min(run["sweep_losses"]), rtol=1e-6)
-        # The sweep's fifth rate is the run's own.
-        np.testing.assert_allclose(run["sweep_rates"][4], run["rate"], rtol=1e-6)
-        np.testing.assert_allclose(run["sweep_losses"][4], claim["measured"], rtol=1e-3)
-
-
-def test_large_targets_are_told_and_can_be_scaled(tmp_path):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(60, 3))
-    np.savez(tmp_path / "a.npz", x=x, y=3e4 + 5e3 * x @ [1.0, -2.0, 0.5])
-    arguments = ("analyse", "--data", tmp_path / "a.npz", "--model", "linear", "--num-epochs", 2, "--batch-size", 8)
-    raw = jaxnet(*arguments, "--out", tmp_path / "raw")
-    assert "largest target" in raw.stdout
-    assert "--standardise-target" in raw.stdout
-    scaled = jaxnet(*arguments, "--standardise-target", "--out", tmp_path / "scaled")
-    assert "largest target" not in scaled.stdout
-    run = json.loads((tmp_path / "scaled" / "record.json").read_text())["measurements"]["runs"][0]
-    assert run["loss"][0] < 10
-
-
 def test_a_rate_that_diverges_says_where_and_keeps_its_history(tmp_path):
     out = tmp_path / "out"
     done = jaxnet("analyse", *SMALL[:4], "--num-epochs", 60, "--learning-rate", 1e4, "--out", out)

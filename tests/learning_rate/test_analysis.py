@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jaxnet import curvature, data, learning_rate, losses, nn, per_example, training
+from jaxnet.contract import UserError
 
 KEY = jax.random.key(0)
 
@@ -225,3 +226,13 @@ def test_under_way_it_takes_the_state_as_it_is(analysed, name):
     assert "in this state" in found.reason(8)
     with pytest.raises(ValueError, match="opt_state: expected the state"):
         learning_rate.analyse(loss, params, batch, key=KEY, make_optimizer=optax.rmsprop, opt_state=state.opt_state)
+
+
+def test_at_a_minimum_no_rate_follows_and_a_limit_does():
+    loss = lambda w, batch: 0.5 * jnp.mean(1 + 0 * batch) * jnp.sum(w**2)
+    found = learning_rate.analyse(loss, jnp.zeros(3), jnp.ones(6), key=KEY, batch_sizes=[6])
+    assert np.isnan(found.rate(6))
+    assert "no rate follows" in found.reason(6)
+    np.testing.assert_allclose(found.limit(6), 2, rtol=1e-5)
+    with pytest.raises(UserError, match="no rate follows"):
+        found.schedule(6, 10)

@@ -71,4 +71,7 @@ def test_analyse(name):
     assert found.optimizer == name
     assert 0 < found.rate(8) < found.limit(8)
     low, high = found.bracket(8)
-    assert low <= found.limit(8) <= high
+    # Of Hessians there is no lower end, and so no permit.
+    assert np.isnan(low)
+    assert found.limit(8) <= high
+    assert found.is_stable(0.01 * float(found.rate(8)), 8) == "not resolved"

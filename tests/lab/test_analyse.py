@@ -1,0 +1,41 @@
+"""The main job, by the record that it leaves."""
+
+import json
+
+import numpy as np
+
+from jaxnet.lab import cli
+
+
+def job(arguments, out):
+    return cli.run(["analyse", *arguments.split(), "--out", str(out)])
+
+
+def test_another_optimizer_is_held_against_a_sweep_of_its_own(tmp_path):
+    out = tmp_path / "out"
+    assert job("--data two-gaussians --model linear --num-epochs 10 --batch-size 10 --optimizer adamw", out) == 0
+    found = json.loads((out / "record.json").read_text())
+    assert found["measurements"]["optimizer"] == "adamw"
+    keys = [claim["key"] for claim in found["claims"]]
+    assert keys == ["limit", "near_the_best_full_batch", "near_the_best_mini_batch", "near_the_best_stochastic"]
+    for run, claim in zip(found["measurements"]["runs"], found["claims"][1:], strict=True):
+        assert run["rate"] == found["measurements"]["recommended"][[1, 10, 100].index(run["batch_size"] or 100)]
+        np.testing.assert_allclose(claim["predicted"], 2 * min(run["sweep_losses"]), rtol=1e-6)
+        # The sweep's fifth rate is the run's own.
+        np.testing.assert_allclose(run["sweep_rates"][4], run["rate"], rtol=1e-6)
+        np.testing.assert_allclose(run["sweep_losses"][4], claim["measured"], rtol=1e-3)
+
+
+def test_large_targets_are_told_and_can_be_scaled(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 3))
+    np.savez(tmp_path / "a.npz", x=x, y=3e4 + 5e3 * x @ [1.0, -2.0, 0.5])
+    arguments = f"--data {tmp_path / 'a.npz'} --model linear --num-epochs 2 --batch-size 8"
+    assert job(arguments, tmp_path / "raw") == 0
+    printed = capsys.readouterr().out
+    assert "largest target" in printed
+    assert "--standardise-target" in printed
+    assert job(f"{arguments} --standardise-target", tmp_path / "scaled") == 0
+    assert "largest target" not in capsys.readouterr().out
+    run = json.loads((tmp_path / "scaled" / "record.json").read_text())["measurements"]["runs"][0]
+    assert run["loss"][0] < 10
