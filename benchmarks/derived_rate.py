@@ -77,7 +77,10 @@ LOSSES = {}
 
 
 def of_optimizer(workload, optimizer, size, seeds):
-    """The sweep of one seed; for each seed the derived rate, its cost and its runs, and those of the peers' rates."""
+    """The sweep of one seed; for each seed the derived rate, its cost and its runs, and those of other rates.
+
+    The tuned one is among these: what luck a seed has is no rate's merit.
+    """
     make, grid = contenders.MAKERS[optimizer], contenders.GRIDS[optimizer]
     found = {"grid": grid, "sweep": {}, "seeds": []}
     for seed in seeds:
@@ -98,9 +101,10 @@ def of_optimizer(workload, optimizer, size, seeds):
             given = (loss, params, train, held_out, makes)
             if seed == seeds[0]:
                 found["sweep"][schedule] = contenders.sweep(*given, grid, size, workload.num_epochs, key)
-            tried = list(usable.values()) if schedule == "constant" else [usable["derived"]]
-            curves = contenders.sweep(*given, np.array(tried), size, workload.num_epochs, key)
-            of_seed["curves"][schedule] = dict(zip(usable, curves, strict=False))
+            tuned = grid[found["sweep"][schedule].min(axis=1).argmin()]
+            tried = {"tuned": tuned, **(usable if schedule == "constant" else {"derived": usable["derived"]})}
+            curves = contenders.sweep(*given, np.array(list(tried.values())), size, workload.num_epochs, key)
+            of_seed["curves"][schedule] = dict(zip(tried, curves, strict=True))
         found["seeds"].append(of_seed)
     return found
 
@@ -150,11 +154,12 @@ def judged(found):
                 about = {"workload": name, "case": case, "schedule": schedule, "tuned": WORKLOADS[name].tuned}
                 for of_seed in of_case["seeds"]:
                     for method, curve in of_seed["curves"][schedule].items():
-                        rate = of_seed["rates"][method]
+                        rate = of_seed["rates"].get(method, np.nan)
                         yield about | {
                             "method": method,
                             "distance": distance(float(rate), low, high),
                             "ratio": epochs_to(curve, target) / spent,
+                            "least": min(map(float, curve)),
                             "diverged": not np.isfinite(float(curve[-1])),
                             "num_gradients": of_seed["num_gradients"],
                         }
@@ -173,57 +178,47 @@ def judged(found):
 def rows(found):
     """The measures beside their bounds."""
     runs = list(judged(found))
-    derived = [run for run in runs if run["method"] == "derived"]
+    derived, tuned = ([run for run in runs if run["method"] == method] for method in ("derived", "tuned"))
     result = []
+
+    def add(what, ratio, bound, at_least=False):
+        result.append(Row(what, float(ratio), bound, at_least, {}))
+
     for words, chosen in (
         ("", derived),
         (", workloads the rule was tuned on", [run for run in derived if run["tuned"]]),
         (", the others", [run for run in derived if not run["tuned"]]),
     ):
-        if not chosen:
-            continue
-        factors = np.array([max(run["distance"], 1 / run["distance"]) for run in chosen])
-        result += [
-            Row(
+        if chosen:
+            factors = np.array([max(run["distance"], 1 / run["distance"]) for run in chosen])
+            add(
                 f"share of {len(chosen)} derived rates within 2 × of the good interval{words}",
                 (factors <= 2).mean(),
                 0.8,
                 True,
-                {},
-            ),
-            Row(f"share within 4 ×{words}", (factors <= 4).mean(), 1, True, {}),
-        ]
-    ratios = np.array([run["ratio"] for run in derived])
-    result += [
-        Row("farthest of all, as a factor", max(max(r["distance"], 1 / r["distance"]) for r in derived), 4, False, {}),
-        Row(
-            "epochs to the tuned target / the tuned run's, geometric mean where reached",
-            float(np.exp(np.log(ratios[np.isfinite(ratios)]).mean())),
-            1.25,
-            False,
-            {},
-        ),
-        Row("share of runs that reach the tuned target", np.isfinite(ratios).mean(), 1, True, {}),
-        Row("runs at the derived rate that diverge", sum(run["diverged"] for run in derived), 0, False, {}),
-        Row(
-            "gradients of all examples spent on a rate, at most",
-            max(run["num_gradients"] for run in derived),
-            30,
-            False,
-            {},
-        ),
-    ]
-    for method, shares in profile(runs, np.array([1.5])).items():
-        result.append(
-            Row(
-                f"within 1.5 × of the tuned run's epochs, constant rate, AdamW's cases: {method}",
-                shares[0],
-                0,
-                True,
-                {},
             )
-        )
+            add(f"share within 4 ×{words}", (factors <= 4).mean(), 1, True)
+            add(f"farthest, as a factor{words}", factors.max(), 4)
+    ratios, lucky = (np.array([run["ratio"] for run in chosen]) for chosen in (derived, tuned))
+    reached = np.isfinite(ratios)
+    add(
+        "epochs to the tuned target / the tuned run's, geometric mean where reached",
+        geometric_mean(ratios[reached]),
+        1.25,
+    )
+    add("share of runs that reach the tuned target", reached.mean(), 1, True)
+    add("share of the tuned rate's own runs that reach it, the same seeds", np.isfinite(lucky).mean(), 1, True)
+    losses = [run["least"] / other["least"] for run, other in zip(derived, tuned, strict=True)]
+    add("least held-out loss / the tuned rate's of the same seed, geometric mean", geometric_mean(losses), 1.05)
+    add("runs at the derived rate that diverge", sum(run["diverged"] for run in derived), 0)
+    add("gradients of all examples spent on a rate, at most", max(run["num_gradients"] for run in derived), 30)
+    for method, shares in profile(runs, np.array([1.5])).items():
+        add(f"within 1.5 × of the tuned run's epochs, constant rate, AdamW's cases: {method}", shares[0], 0, True)
     return result
+
+
+def geometric_mean(values):
+    return np.exp(np.log(values).mean())
 
 
 def profile(runs, factors):

@@ -82,7 +82,8 @@ class Analysis:
 
         λ is the largest curvature that the optimizer's alternating steps meet, p = (N − B)/(B(N − 1)), and q is what
         the scatter of the examples' curvatures adds; see `DerivedRates`. None is the full batch. An estimate: on
-        networks the exact limit was 0.35 to 1.1 of it; `bracket` holds it.
+        networks the exact limit was 0.35 to 1.1 of it; `bracket` holds it. NaN for an optimizer that takes signs, whose
+        steps do not shrink with the gradient, so that it stays at a distance in proportion to any rate.
 
         Raises:
           ValueError: B is none of those between the least and the largest looked at.
@@ -151,7 +152,7 @@ class Analysis:
         peak = float(self.rate(batch_size))
         if not peak > 0:
             raise UserError(self.reason(batch_size))
-        if peak <= float(self.limit(batch_size)):
+        if not peak > float(self.limit(batch_size)):
             return optax.linear_schedule(peak, 0.0, num_steps)
         rising = max(1, num_steps // 10)
         parts = optax.linear_schedule(0.0, peak, rising), optax.linear_schedule(peak, 0.0, num_steps - rising)
@@ -167,11 +168,12 @@ class Analysis:
         begins = f"{self.optimizer} on {batch}: η = {rate:.3g} ± {error:.1g}, "
         if not np.isfinite(self.derived.probe_losses[0]):
             return f"{begins}half of the limit of stability in this state, {later:.3g}"
+        limit = float(self.limit(batch_size))
+        of_what = "the limit of its steps as noise smooths them" if np.isnan(limit) else "the limit of stability"
         words = (
             f"{begins}midway between the best single step here, "
-            f"{greedy:.3g}, and half of the limit of stability where a short run leads, {later:.3g}"
+            f"{greedy:.3g}, and half of {of_what} where a short run leads, {later:.3g}"
         )
-        limit = float(self.limit(batch_size))
         if rate > limit:
             words += f"; above the limit here, {limit:.3g}, so warm it up"
         return words
@@ -203,7 +205,7 @@ class Analysis:
             (
                 f"η, {name}, {'full batch' if size == self.num_examples else f'B = {size}'}",
                 float(self.rate(size)),
-                f"± {float(self.rate_error(size)):.1g}; limit here {float(self.limit(size)):.3g}",
+                f"± {float(self.rate_error(size)):.1g}; {self._limit_here(size)}",
             )
             for size in d.batch_sizes
         ]
@@ -235,6 +237,10 @@ class Analysis:
                 f"here; the exact one is {self._within(smallest)}",
             ),
         ]
+
+    def _limit_here(self, batch_size: int) -> str:
+        limit = float(self.limit(batch_size))
+        return "it takes signs, so there is no limit" if np.isnan(limit) else f"limit here {limit:.3g}"
 
     def _within(self, batch_size: int) -> str:
         low, high = (float(end) for end in self.bracket(batch_size))
@@ -306,7 +312,7 @@ def analyse(
 
     Raises:
       TypeError: the arguments do not fit the contract, or the optimizer is none of those.
-      ValueError: a batch size is not in 1…N; or the state is another optimizer's.
+      ValueError: a batch size is not in 1…N; or the state is another optimizer's, or of one that takes signs.
       UserError: the loss or its curvature is not finite; or there is no positive curvature, so that no rate follows
         from it; or the loss is no mean of independent examples.
     """

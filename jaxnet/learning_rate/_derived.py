@@ -15,7 +15,8 @@ from jaxnet.curvature import eigsh, hessian
 from jaxnet.data import reshuffled
 from jaxnet.learning_rate._point import Point, limits, look, with_errors
 from jaxnet.learning_rate._point import greedy as greedy_of
-from jaxnet.learning_rate._response import alternating, at_constant_rate, check_proportional
+from jaxnet.learning_rate._response import alternating, at_constant_rate, check_maker, check_proportional
+from jaxnet.learning_rate._signs import takes_sign
 from jaxnet.training import init_state, make_update, trajectory
 
 # So many examples are looked at, or an eighth of all; of few a quarter, and no fewer than the last.
@@ -32,7 +33,7 @@ class DerivedRates:
     Attributes:
       rate: √(greedy · ½ later_limit), the rate to train at; NaN where no step from here lowers the loss.
       greedy: g·Rg/(Rg·CRg + p tr(RCRΣ)), which lowers the expected loss most in one step from here.
-      largest: λ_max(R^½HR^½ + D) here, on all examples, for a rate of 1.
+      largest: λ_max(R^½HR^½ + D) here, on all examples, for a rate of 1; NaN for signs.
       scatter: p q, at least ``sharpest``, what noise adds to it: 2/(λ + p q) is where the mean square begins to grow.
       sharpest: p Var(v′C_nv)/λ, the least that it adds, along the sharpest direction v.
       worst: p max tr C_n, more than it adds; NaN where C_n are Hessians.
@@ -89,11 +90,16 @@ def derive(
     Raises:
       TypeError: the optimizer's update is not proportional to a small gradient, or a part of it is not known.
     """
-    check_proportional(make_optimizer, params)
+    check_maker(make_optimizer, params)
+    signs = bool(takes_sign(make_optimizer, params))
+    if not signs:
+        check_proportional(make_optimizer, params)
+    elif opt_state is not None:
+        raise ValueError("opt_state: the limit of an optimizer that takes signs is in no state of it; leave it out")
     n = dataset.num_examples(data)
     sample_key, look_key, probe_key = jax.random.split(key, 3)
     sample, used = _sample(data, n, sample_key)
-    at = functools.partial(look, loss, make_optimizer, sample, n, batch_sizes, look_key)
+    at = functools.partial(look, loss, make_optimizer, sample, n, batch_sizes, look_key, signs=signs)
     here = at(params, opt_state)
     greedy, greedy_error = greedy_of(here)
     limit, limit_error = limits(here)
@@ -101,7 +107,8 @@ def derive(
     scatter, scatter_error = with_errors(here, "scatter")
     # An estimate above what the sharpest direction alone bears would be a permit that does not hold.
     scatter = np.maximum(scatter, sharpest)
-    largest = _largest(loss, params, data, here, key=look_key, tol=tol)
+    # However short a sign's steps are, they do not shrink with the gradient: about a minimum no rate is stable.
+    largest = np.full_like(greedy, np.nan) if signs else _largest(loss, params, data, here, key=look_key, tol=tol)
     middle = int(np.argmin(np.abs(np.log(np.square(batch_sizes) / (batch_sizes[0] * batch_sizes[-1])))))
     size = batch_sizes[middle]
     spent = _spent(here, used / n)

@@ -13,6 +13,7 @@ from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
 from jaxnet.curvature import Eigensolver
 from jaxnet.learning_rate._forms import curvature, forms, parts_known
 from jaxnet.learning_rate._response import alternating, held_in, settled
+from jaxnet.learning_rate._signs import settled_signs
 from jaxnet.per_example import gradients
 
 # Random directions for tr(RCRΣ), and for the matrices' norms; the relative accuracy of λ.
@@ -67,18 +68,20 @@ def look(
     key: Array,
     params: ArrayTree,
     opt_state: Any,
+    *,
+    signs: bool,
 ) -> list[Point]:
     """What a step meets for each batch size; the search for λ starts from where the last one ended."""
     vector, points = optax.tree.zeros_like(params), []
     for size in batch_sizes:
         share = jnp.asarray(noise_share(size, n))
-        point = _look(loss, make_optimizer, params, data, n, share, key, vector, opt_state)
+        point = _look(loss, make_optimizer, params, data, n, share, key, vector, opt_state, signs=signs)
         vector = point.vector
         points.append(jax.tree.map(np.asarray, point._replace(vector=None)))
     return points
 
 
-@functools.partial(dataset.jit, static_argnames=("loss", "make_optimizer"))
+@functools.partial(dataset.jit, static_argnames=("loss", "make_optimizer", "signs"))
 def _look(
     loss: Loss,
     make_optimizer: MakeOptimizer,
@@ -89,6 +92,8 @@ def _look(
     key: Array,
     vector: ArrayTree,
     opt_state: Any,
+    *,
+    signs: bool,
 ) -> Point:
     bounded = parts_known(loss)
     grads = gradients(loss, params, data)
@@ -98,7 +103,8 @@ def _look(
     share = share * (1 - 1 / n)  # of the unbiased covariance
     squares = jax.tree.map(lambda m, v: jnp.maximum(m * m - excess * v, 0) + share * v, mean, variance)
     if opt_state is None:
-        steady, switching, decay = settled(make_optimizer, params, squares, mean)
+        respond = settled_signs if signs else settled
+        steady, switching, decay = respond(make_optimizer, params, squares, mean)
     else:
         steady, switching, decay = held_in(make_optimizer, params, opt_state)
     op, root = curvature(loss, params, data), jax.tree.map(jnp.sqrt, switching)
@@ -109,8 +115,8 @@ def _look(
 
     times = functools.partial(jax.tree.map, jnp.multiply)
     step = times(steady, mean)
-    signs = jax.random.rademacher(noise_key, (_NOISES, used), dtype=jnp.result_type(float))
-    noises = [times(steady, grads.weighted_sum((s - s.mean()) / jnp.sqrt(used - 1.0))) for s in signs]
+    draws = jax.random.rademacher(noise_key, (_NOISES, used), dtype=jnp.result_type(float))
+    noises = [times(steady, grads.weighted_sum((s - s.mean()) / jnp.sqrt(used - 1.0))) for s in draws]
     half = jax.tree.map(jnp.sqrt, steady)
     probes, others = ([times(half, z) for z in _random_signs(k, params)] for k in probe_keys)
     lefts, rights = [step, *noises, times(root, vector), *probes, *probes], [step, *noises, times(root, vector)]

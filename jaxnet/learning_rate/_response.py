@@ -39,6 +39,7 @@ _STATES = {
     "ScaleByScheduleState": _Fields(schedules=("count",)),
     "WeightDecaySchedule": _Fields(),
     "TraceState": _Fields(momentum=("trace",), sums=("trace",)),
+    "ScaleByLionState": _Fields(momentum=("mu",), counts=("count",)),
     "EmaState": _Fields(momentum=("ema",), counts=("count",)),
     "ScaleByAdamState": _Fields(momentum=("mu",), squares=("nu",), counts=("count",)),
     "ScaleByAmsgradState": _Fields(momentum=("mu",), squares=("nu", "nu_max"), counts=("count",)),
@@ -123,6 +124,31 @@ def driven(linear: Linear, z: int, gradient: int, weights: int) -> ArrayTree:
     return linear(gradient, jax.tree.map(lambda c, e: c / (z - e), fed, kept), weights)[0]
 
 
+def is_masked(node: Any) -> bool:
+    """Whether a state holds nothing here."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def where_held(f: Callable[..., Array], held: Any, tree: ArrayTree) -> ArrayTree:
+    """``tree`` with f(held, leaf) where a state that may be masked holds something like it."""
+    apply = lambda place, part: part if is_masked(place) else jax.tree.map(f, place, part)
+    return jax.tree.map(apply, held, tree, is_leaf=is_masked)
+
+
+def check_momenta(opt_state: Any, params: ArrayTree, name: str) -> None:
+    """Raise unless each parameter has one momentum at most.
+
+    Raises:
+      TypeError: one has more.
+    """
+    counts = jax.tree.map(lambda _: 0, params)
+    for momentum in collect("momentum", opt_state):
+        counts = where_held(lambda _, count: count + 1, momentum, counts)
+    most = max(jax.tree.leaves(counts), default=0)
+    if most > 1:
+        raise TypeError(f"{name}: expected at most one momentum, got {most}; two have no limit in closed form")
+
+
 def own_rate(update: Update, opt_state: Any, params: ArrayTree) -> tuple[Array, Array]:
     """η: what a steady gradient of 1 moves the params by, second moments being 1 and a sum of momentum an average.
 
@@ -135,10 +161,12 @@ def own_rate(update: Update, opt_state: Any, params: ArrayTree) -> tuple[Array, 
         far = by_role("counts", lambda t: jnp.full_like(t, count), opt_state)
         linear = linearise(update, frozen(update, far, wanted, params), params)
         steady = optax.tree.scale(-(square**0.5) if collect("squares", opt_state) else -1, driven(linear, 1, 1, 0))
-        if not collect("sums", opt_state):
-            return steady
-        average = lambda e, r: r if isinstance(e, optax.MaskedNode) else r * (1 - e)
-        return jax.tree.map(average, linear(0, 1, 0)[1][0], steady, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+        none = by_role("momentum", lambda x: filled(0, x), opt_state)
+        sums = collect("momentum", by_role("sums", lambda x: filled(1, x), none))
+        for kept, is_sum in zip(linear(0, 1, 0)[1], sums, strict=True):
+            averages = jax.tree.map(lambda e, s: 1 - s * e, kept, is_sum)
+            steady = where_held(jnp.multiply, averages, steady)
+        return steady
 
     # Twice, so that what is no root of a second moment, or not corrected yet, shows.
     rates, others = at(2.0**48, 2**30), at(2.0**44, 2**29)
@@ -178,8 +206,9 @@ class Response(NamedTuple):
     decay: ArrayTree
 
 
-# Steps after which an average has settled, and before which a schedule is looked for at its height.
-_LONG, _SCHEDULED = 2**30, 2**20
+# Steps after which an average has settled, and before which a schedule is looked for at its height; a gradient that no
+# clip cuts.
+LONG, _SCHEDULED, _SMALL = 2**30, 2**20, 2.0**-40
 
 
 def settled(make_optimizer: MakeOptimizer, params: ArrayTree, squares: ArrayTree, means: ArrayTree) -> Response:
@@ -194,9 +223,9 @@ def settled(make_optimizer: MakeOptimizer, params: ArrayTree, squares: ArrayTree
     optimizer = optax.with_extra_args_support(make_optimizer(1.0))
     update = lambda g, state, p: optimizer.update(g, state, p, value=jnp.zeros(()), grad=means)
     fresh = optimizer.init(params)
-    state = by_role("counts", lambda t: jnp.full_like(t, _LONG), fresh)
+    state = by_role("counts", lambda t: jnp.full_like(t, LONG), fresh)
     averages = by_role("means", lambda x: _placed(x, means), by_role("squares", lambda x: _placed(x, squares), state))
-    held = _at_height(update, frozen(update, state, averages, params), params)
+    held = at_height(update, frozen(update, state, averages, params), params)
     parts = _parts(linearise(update, held, params))
     if collect("squares", fresh):
         # A parameter that no example moves has no scale, and no part in any step.
@@ -223,13 +252,15 @@ def _parts(linear: Linear) -> Response:
     return Response(*optax.tree.scale(-1, (steady, alternating, decay)))
 
 
-def _at_height(update: Update, state: Any, params: ArrayTree) -> Any:
+def at_height(update: Update, state: Any, params: ArrayTree) -> Any:
     """The state with its schedules where they let through the most."""
     if not collect("schedules", state):
         return state
     at = lambda count: by_role("schedules", lambda t: jnp.full_like(t, count), state)
     counts = jnp.append(0, 2 ** jnp.arange(_SCHEDULED.bit_length()))
-    height = lambda count: optax.tree.norm(driven(linearise(update, at(count), params), 1, 1, 0))
+    # By no weights, which decay would move, and within what a clip lets through.
+    one, none = filled(_SMALL, params), filled(0, params)
+    height = lambda count: optax.tree.max(jax.tree.map(jnp.abs, update(one, at(count), none)[0]))
     return at(counts[lax.map(height, counts).argmax()])
 
 
@@ -241,10 +272,10 @@ def at_constant_rate(make_optimizer: MakeOptimizer, rate: Array) -> optax.Gradie
     optimizer = optax.with_extra_args_support(make_optimizer(1.0))
 
     def init(params: ArrayTree) -> Any:
-        held = by_role("counts", lambda t: jnp.full_like(t, _LONG), optimizer.init(params))
+        held = by_role("counts", lambda t: jnp.full_like(t, LONG), optimizer.init(params))
         held = by_role("squares", lambda x: filled(1, x), held)
         update = lambda g, state, p: optimizer.update(g, state, p, value=jnp.zeros(()), grad=g)
-        found = iter(collect("schedules", _at_height(update, held, params)))
+        found = iter(collect("schedules", at_height(update, held, params)))
         return by_role("schedules", lambda _: next(found), optimizer.init(params))
 
     def update(updates: ArrayTree, state: Any, params: ArrayTree | None = None, **others: Any) -> tuple[ArrayTree, Any]:
@@ -257,8 +288,7 @@ def at_constant_rate(make_optimizer: MakeOptimizer, rate: Array) -> optax.Gradie
 
 def _placed(places: Any, values: ArrayTree) -> Any:
     """``values`` where a state that may be masked holds something like them."""
-    masked = lambda x: isinstance(x, optax.MaskedNode)
-    return jax.tree.map(lambda place, value: place if masked(place) else value, places, values, is_leaf=masked)
+    return jax.tree.map(lambda place, value: place if is_masked(place) else value, places, values, is_leaf=is_masked)
 
 
 def alternating(op: LinearOperator, root: ArrayTree, decay: ArrayTree) -> LinearOperator:
@@ -272,27 +302,32 @@ def _alternating(operands: Any, v: ArrayTree) -> ArrayTree:
     return jax.tree.map(lambda r, h, d, x: r * h + d * x, root, curved, decay, v)
 
 
-def check_proportional(make_optimizer: MakeOptimizer, params: ArrayTree) -> None:
-    """Raise unless a maker's update is in proportion to its rate and to a small gradient.
+def check_maker(make_optimizer: MakeOptimizer, params: ArrayTree) -> None:
+    """Raise unless each part of a maker's optimizer is known, and its averages settle.
 
     Raises:
-      TypeError: it is no maker; a part of its optimizer is not known; it has two momenta; it answers no small gradient
-        (a sign), goes up it, divides by a norm or by something else than the root of a second moment, or adds squares
-        up.
+      TypeError: it is no maker; a part of its optimizer is not known; a parameter has two momenta; or squares add up.
     """
     if not callable(make_optimizer):
         raise TypeError(f"make_optimizer: expected a maker such as optax.adam, got {type(make_optimizer).__name__}")
     fresh = jax.eval_shape(lambda: make_optimizer(1.0).init(params))
-    momenta = len(collect("momentum", fresh))
-    if momenta > 1:
-        raise TypeError(f"make_optimizer: expected at most one momentum, got {momenta}")
+    check_momenta(fresh, params, "make_optimizer")
     if collect("growing", fresh):
         raise TypeError("make_optimizer: its sum of squares grows for ever and never settles; use range_test")
+
+
+def check_proportional(make_optimizer: MakeOptimizer, params: ArrayTree) -> None:
+    """Raise unless a maker's update is in proportion to its rate and to a small gradient.
+
+    Raises:
+      TypeError: it answers no small gradient, goes up it, or divides by a norm or by something else than the root of a
+        second moment.
+    """
     name = getattr(make_optimizer, "__name__", "its optimizer")
     least, largest, nonlinear, ratios = _tried(make_optimizer, params)
     if not largest > 0 or least < 0:
         raise TypeError(
-            f"make_optimizer: {name} does not step down a small gradient (does it take a sign, or is its rate 0?); "
+            f"make_optimizer: {name} does not step down a small gradient (is its rate 0?); "
             "find a rate by learning_rate.range_test"
         )
     if not nonlinear <= float(jnp.finfo(nonlinear.dtype).eps) ** 0.5:
@@ -316,7 +351,7 @@ def _tried(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Array, Arr
     )
     optimizer = optax.with_extra_args_support(make_optimizer(1.0))
     update = lambda g, state, p: optimizer.update(g, state, p, value=jnp.zeros(()), grad=zeros)
-    state = by_role("counts", lambda t: jnp.full_like(t, _LONG), optimizer.init(params))
+    state = by_role("counts", lambda t: jnp.full_like(t, LONG), optimizer.init(params))
     state = by_role("squares", lambda x: filled(1, x), state)
     # Of length 1/1000: below what a clip cuts, above what a norm is kept from.
     length = optax.tree.norm(filled(1, params))

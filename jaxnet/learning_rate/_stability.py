@@ -15,6 +15,7 @@ from jaxnet.learning_rate._response import (
     alternating,
     before,
     by_role,
+    check_momenta,
     collect,
     driven,
     frozen,
@@ -69,8 +70,8 @@ def stability(
     gradient descent, η/(1 + β) for the heavy ball, η (1 − β₁)/(1 + β₁) P⁻¹ for Adam, and D the decay of weights. Since
     x → −x takes an update of −2x, the rate can grow by the factor 2/λ_max(R^½ H R^½ + D).
     A root can leave the unit circle nowhere else as the rate grows (but at 1, where the loss curves downwards, at any
-    rate): with one momentum, Nesterov's included, 1/G(z) of the transfer G from gradient to −x has an imaginary part of
-    one sign on the circle's upper half, while −H is real.
+    rate): with one momentum a parameter, Nesterov's included, 1/G(z) of the transfer G from gradient to −x has an
+    imaginary part of one sign on the circle's upper half, while −H is real.
 
     The rate scales the whole update, decay included, as in optax's own optimizers. It is taken from the state where
     `optax.inject_hyperparams` names it, and is else what the response leaves when momentum and moments are divided out.
@@ -93,9 +94,9 @@ def stability(
       products allowed do not reach. The limit is then NaN, and ``reason`` says why.
 
     Raises:
-      TypeError: the arguments are in half precision; a part of the optimizer is none of those known, or there are two
-        momenta; or its update is not linear in the gradient however small that is (a sign, a norm). All of this shows
-        at the first call.
+      TypeError: the arguments are in half precision; a part of the optimizer is none of those known, or a parameter has
+        two momenta; or its update is not linear in the gradient however small that is (a sign, a norm). All of this
+        shows at the first call.
       ValueError: the arguments do not fit the contract or each other; the update goes up the gradient; or its rate
         cannot be told.
       UserError: a value is not finite.
@@ -112,7 +113,7 @@ def stability(
     wanted: list[Any] = [jax.tree.structure(x) for x in (jax.eval_shape(optimizer.init, params), opt_state)]
     if wanted[0] != wanted[1]:
         raise ValueError("opt_state: expected the state of this optimizer, got one of another structure")
-    _check_known(opt_state)
+    check_momenta(opt_state, params, "optimizer")
     _check_precision(params, opt_state)
     value, grad = _value_and_grad(loss, params, batch)
     if not jnp.isfinite(value) or contract.not_finite(params=params, grad=grad):
@@ -135,12 +136,6 @@ def stability(
 def _without(reason: str, rate: Array, params: ArrayTree, num_matvecs: Array | int = 0) -> Stability:
     zeros = optax.tree.zeros_like(params)
     return Stability(rate, jnp.full_like(rate, jnp.nan), zeros, jnp.asarray(num_matvecs), reason)
-
-
-def _check_known(opt_state: Any) -> None:
-    momenta = len(collect("momentum", opt_state))
-    if momenta > 1:
-        raise TypeError(f"optimizer: expected at most one momentum, got {momenta}; two have no limit in closed form")
 
 
 def _check_precision(params: ArrayTree, opt_state: Any) -> None:

@@ -69,6 +69,10 @@ def test_analyse(name):
         return
     found = analyse(loss, PARAMS, BATCH, key=KEY, make_optimizer=make, batch_sizes=[8])
     assert found.optimizer == name
+    if said.startswith("rate only"):
+        assert found.rate(8) > 0
+        assert np.isnan(found.limit(8))
+        return
     assert 0 < found.rate(8) < found.limit(8)
     low, high = found.bracket(8)
     # Of Hessians there is no lower end, and so no permit.

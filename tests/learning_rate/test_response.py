@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxnet.learning_rate._response import check_proportional, settled
+from jaxnet.learning_rate._response import check_maker, check_proportional, settled
+from jaxnet.learning_rate._signs import settled_signs, takes_sign
 
 PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
 MEANS = {"a": jnp.array([0.1, -0.2]), "b": jnp.array(0.3)}
@@ -22,6 +23,9 @@ MAKERS = {
     "rmsprop, centred, momentum": functools.partial(optax.rmsprop, decay=0.999, centered=True, momentum=0.5),
     "clipped, named": lambda rate: optax.chain(
         optax.clip_by_global_norm(1e6), optax.inject_hyperparams(optax.adamw)(learning_rate=rate)
+    ),
+    "groups with a momentum each": lambda rate: optax.partition(
+        {"x": optax.adam(rate), "y": optax.sgd(0.1 * rate, momentum=0.5)}, {"a": "x", "b": "y"}
     ),
     "groups": lambda rate: optax.partition({"x": optax.adam(rate), "y": optax.sgd(0.1 * rate)}, {"a": "x", "b": "y"}),
 }
@@ -71,6 +75,54 @@ def test_amsgrad_moves_at_most_as_far():
         np.testing.assert_array_less(ratio, 1.05)
 
 
+SIGNS = {
+    "lion": functools.partial(optax.lion, weight_decay=0.0),
+    "lion, β₁ = .5": functools.partial(optax.lion, b1=0.5, b2=0.9, weight_decay=0.0),
+    "signum": optax.signum,
+    "sign descent": optax.sign_sgd,
+    "scheduled": lambda rate: optax.signum(optax.warmup_cosine_decay_schedule(0.0, rate, 50, 1000)),
+}
+
+
+def moved_by_normal_gradients(optimizer, num_steps, first):
+    """The mean update by gradients ḡ + σz, and its answer's average, after a thousand steps."""
+
+    def step(state, key):
+        z = optax.tree.random_like(key, MEANS, jax.random.normal)
+        gradient = jax.tree.map(lambda m, s, x: m + s * x, MEANS, NOISES, z)
+        updates, state = optimizer.update(gradient, state, first)
+        return state, updates
+
+    state, _ = jax.lax.scan(step, optimizer.init(first), jax.random.split(jax.random.key(2), 1000))
+    _, updates = jax.lax.scan(step, state, jax.random.split(jax.random.key(3), num_steps))
+    return jax.tree.map(lambda u: -u.mean(axis=0), updates)
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_an_expected_sign_is_what_the_optimizer_does_on_average(name):
+    make, num_steps = SIGNS[name], 200_000
+    assert takes_sign(make, PARAMS)
+    found = settled_signs(make, PARAMS, squares(MEANS, NOISES), MEANS).steady
+    optimizer = optax.signum(1.0) if name == "scheduled" else make(1.0)
+    moved = moved_by_normal_gradients(optimizer, num_steps, jax.tree.map(jnp.zeros_like, PARAMS))
+    for wanted, mean, response in zip(*map(jax.tree.leaves, (moved, MEANS, found)), strict=True):
+        # Successive signs of one average are alike for about a hundred steps.
+        np.testing.assert_allclose(response * mean, wanted, rtol=1e-3, atol=4 * (100 / num_steps) ** 0.5)
+
+
+def test_the_answer_of_a_sign_to_what_alternates():
+    """Beside noise much larger than the signal the mean of sign(c) is √(2/π) c/s, c as β₁m + (1 − β₁)g alternates."""
+    found = settled_signs(optax.lion, PARAMS, squares(MEANS, NOISES), MEANS)
+    for steady, alternating, decay in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(alternating / steady, 0.1 - 0.9 * 0.01 / 1.99, rtol=1e-5)
+        np.testing.assert_allclose(decay, 1e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_is_linear_takes_no_sign(name):
+    assert not takes_sign(MAKERS[name], PARAMS)
+
+
 @pytest.mark.parametrize(("name", "factor"), [("sgd", 1), ("heavy ball", 1 / 1.9), ("Nesterov", 2.8 / 1.9)])
 def test_the_answer_to_what_alternates(name, factor):
     """η/(1 + β) for the heavy ball, η(1 + 2β)/(1 + β) for Nesterov: the limits (2 + 2β)/λ, (2 + 2β)/((1 + 2β)λ)."""
@@ -105,8 +157,6 @@ def test_what_no_example_moves_takes_no_part():
     ("make", "words"),
     [
         (optax.sgd(0.1), "expected a maker"),
-        (optax.lion, "ScaleByLionState"),
-        (optax.sign_sgd, "does it take a sign"),
         (lambda rate: optax.sgd(-rate), "does not step down"),
         (lambda rate: optax.set_to_zero(), "is its rate 0"),
         (optax.adamax, "root of a second moment"),
@@ -115,5 +165,9 @@ def test_what_no_example_moves_takes_no_part():
     ],
 )
 def test_other_makers_are_refused(make, words):
-    with pytest.raises(TypeError, match=words):
+    def check():
+        check_maker(make, PARAMS)
         check_proportional(make, PARAMS)
+
+    with pytest.raises(TypeError, match=words):
+        check()

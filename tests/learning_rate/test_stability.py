@@ -91,6 +91,10 @@ CASES = {
     "heavy ball": (functools.partial(optax.sgd, momentum=0.9), 3.8 / 5),
     "heavy ball, β = .5": (functools.partial(optax.sgd, momentum=0.5), 3 / 5),
     "nesterov": (functools.partial(optax.sgd, momentum=0.9, nesterov=True), 3.8 / 2.8 / 5),
+    "groups with a momentum each": (
+        lambda rate: optax.partition({"x": ema(rate), "y": optax.sgd(rate, momentum=0.5)}, {"a": "x", "b": "y"}),
+        None,
+    ),
     "ema": (ema, 38 / 5),
     "coupled decay": (coupled, 3.8 / 2.8 / 5.5),
     "adam": (optax.adam, None),
@@ -219,7 +223,7 @@ PASSING = {
 REFUSED = {
     "sign": (optax.sign_sgd(0.1), "does it take a sign"),
     "signum": (optax.signum(0.1), "does it take a sign"),
-    "lion": (optax.lion(0.1), "ScaleByLionState is not known"),
+    "lion": (optax.lion(0.1), "does it take a sign"),
     "lars": (optax.lars(0.1), "divide by a norm"),
     "lamb": (optax.lamb(0.1), "divide by a norm"),
     "centred": (optax.chain(optax.centralize(), optax.sgd(0.1)), "not linear in the gradient"),

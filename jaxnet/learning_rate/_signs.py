@@ -1,0 +1,126 @@
+"""Optimizers that step by the sign of an average of gradients: what they do on average where gradients are noisy."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.scipy.special import erf
+
+from jaxnet.contract import Array, ArrayTree, MakeOptimizer
+from jaxnet.learning_rate._response import LONG, Response, Update, at_height, by_role, collect, filled, where_held
+
+# Halvings of an interval in which the momentum's weight beside the gradient's lies.
+_HALVINGS, _LARGEST = 60, 1e6
+
+
+class _Step(NamedTuple):
+    """A step −s·sign(c), c = g + b m with m' = ρm + αg, element by element; each like params.
+
+    Attributes:
+      size: s, for a rate of 1.
+      resolution: c's mean over its standard deviation, where a gradient's are one.
+      turned: c's answer to a gradient that alternates over that to one that stays.
+      decay: the step towards 0 per unit of the params.
+    """
+
+    size: ArrayTree
+    resolution: ArrayTree
+    turned: ArrayTree
+    decay: ArrayTree
+
+
+@jax.jit(static_argnums=0)
+def takes_sign(make_optimizer: MakeOptimizer, params: ArrayTree) -> Array:
+    """Whether a maker's update asks for nothing but the signs of gradients: whatever their sizes, it is the same."""
+    update, held = _at_its_height(make_optimizer, params)
+    sizes = optax.tree.random_like(jax.random.key(0), params, jax.random.uniform)
+
+    def stepped(scale: float) -> ArrayTree:
+        return update(jax.tree.map(lambda x: jnp.asarray(scale * (x + 0.1), x.dtype), sizes), held, filled(0, params))[
+            0
+        ]
+
+    small, large = stepped(1e-3), stepped(1.0)
+    even = jnp.stack([(x == x.ravel()[0]).all() for x in jax.tree.leaves(small) if x.size])
+    same = jnp.stack([(x == y).all() for x, y in zip(*map(jax.tree.leaves, (small, large)), strict=True)])
+    return even.all() & same.all() & (optax.tree.max(small) <= 0) & (optax.tree.min(small) < 0)
+
+
+def _at_its_height(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Update, Any]:
+    """The update for a rate of 1, and its state after long, at the height of its schedule."""
+    optimizer = optax.with_extra_args_support(make_optimizer(1.0))
+    update = lambda g, state, p: optimizer.update(g, state, p, value=jnp.zeros(()), grad=g)
+    state = by_role("counts", lambda t: jnp.full_like(t, LONG), optimizer.init(params))
+    state = by_role("squares", lambda x: filled(1, x), state)
+    return update, at_height(update, state, params)
+
+
+def settled_signs(make_optimizer: MakeOptimizer, params: ArrayTree, squares: ArrayTree, means: ArrayTree) -> Response:
+    """What an optimizer that takes signs does on average, by gradients that are normal with the moments given.
+
+    With κ its average's mean over the average's deviation, E[sign] = erf(κ/√2), so R = s erf(κ/√2)/ḡ: the statistical
+    linearisation, in which noise smooths the sign. Without noise R = s/|ḡ|.
+
+    Args:
+      make_optimizer: one that `takes_sign`, called with a rate of 1.
+      params: the point.
+      squares: E[g²].
+      means: E[g].
+    """
+    step = _step(make_optimizer, params)
+
+    def gain(size: Array, resolution: Array, square: Array, mean: Array) -> Array:
+        deviation = jnp.sqrt(jnp.maximum(square - mean * mean, 0))
+        noisy, moved = deviation > 0, mean != 0
+        per_unit = resolution / jnp.where(noisy, deviation, 1)
+        least = jnp.sqrt(2 / jnp.pi) * per_unit
+        smoothed = erf(mean * per_unit / jnp.sqrt(2.0)) / jnp.where(moved, mean, 1)
+        # erf(x)/x by rounded x is lost where x is next to nothing.
+        smoothed = jnp.where(jnp.abs(mean) * per_unit > 1e-3, smoothed, least)
+        return size * jnp.where(noisy, smoothed, jnp.where(moved, 1 / jnp.where(moved, jnp.abs(mean), 1), 0))
+
+    steady = jax.tree.map(gain, step.size, step.resolution, squares, means)
+    return Response(steady, jax.tree.map(jnp.multiply, steady, step.turned), step.decay)
+
+
+def _step(make_optimizer: MakeOptimizer, params: ArrayTree) -> _Step:
+    """A sign's step, asked of the update itself: where its sign turns tells how momentum and gradient are weighed."""
+    of_state, held = _at_its_height(make_optimizer, params)
+    none = filled(0, params)
+
+    def update(g: ArrayTree, momentum: float, p: ArrayTree) -> tuple[ArrayTree, list[ArrayTree]]:
+        updates, after = of_state(g, by_role("momentum", lambda m: filled(momentum, m), held), p)
+        return updates, collect("momentum", after)
+
+    down, fed = update(filled(1, params), 0.0, none)
+    kept = update(none, 1.0, none)[1]
+
+    # A momentum of 1 outweighs a gradient of −t for t < b.
+    def halve(_: Array, ends: tuple[ArrayTree, ArrayTree]) -> tuple[ArrayTree, ArrayTree]:
+        middle = jax.tree.map(lambda a, b: (a + b) / 2, *ends)
+        turned = update(optax.tree.scale(-1, middle), 1.0, none)[0]
+        down = jax.tree.map(lambda u: u < 0, turned)
+        return jax.tree.map(jnp.where, down, middle, ends[0]), jax.tree.map(jnp.where, down, ends[1], middle)
+
+    weight, _ = lax.fori_loop(0, _HALVINGS, halve, (none, filled(_LARGEST, params)))
+    alpha, rho = (_merged(momenta, none) for momenta in (fed, kept))
+    # c_t = g_t + bα Σ ρᵏ g_{t−1−k}.
+    steady = jax.tree.map(lambda b, a, r: 1 + b * a / (1 - r), weight, alpha, rho)
+    alternating = jax.tree.map(lambda b, a, r: 1 - b * a / (1 + r), weight, alpha, rho)
+    spread = jax.tree.map(lambda b, a, r: jnp.sqrt(1 + (b * a) ** 2 / (1 - r * r)), weight, alpha, rho)
+    ratio = lambda x, y: jax.tree.map(jnp.divide, x, y)
+    return _Step(
+        size=optax.tree.scale(-1, down),
+        resolution=ratio(steady, spread),
+        turned=ratio(alternating, steady),
+        decay=optax.tree.scale(-1, update(none, 0.0, filled(1, params))[0]),
+    )
+
+
+def _merged(momenta: list[ArrayTree], none: ArrayTree) -> ArrayTree:
+    """What momenta of several groups hold, as one tree like params; 0 where there is no momentum."""
+    for momentum in momenta:
+        none = where_held(lambda held, _: held, momentum, none)
+    return none
