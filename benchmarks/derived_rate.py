@@ -88,7 +88,15 @@ def of_optimizer(workload, optimizer, size, seeds):
         steps = -(-len(train[1]) // size) * workload.num_epochs
         key = jax.random.key(1000 + seed)
         analysis = learning_rate.analyse(
-            loss, params, train, key=key, make_optimizer=make, batch_sizes=[size], tol=0.05, num_probes=2
+            loss,
+            params,
+            train,
+            key=key,
+            make_optimizer=make,
+            batch_sizes=[size],
+            tol=0.05,
+            num_probes=2,
+            second_moments=False,
         )
         rates = {"derived": float(analysis.rate(size))}
         if optimizer in contenders.DEFAULTS:

@@ -81,27 +81,27 @@ class Analysis:
         """η_max here for batches of B: 2/(λ + p q), where the mean square of the distance begins to grow.
 
         λ is the largest curvature that the optimizer's alternating steps meet, p = (N − B)/(B(N − 1)), and q is what
-        the scatter of the examples' curvatures adds; see `DerivedRates`. None is the full batch. An estimate: on
-        networks the exact limit was 0.35 to 1.1 of it; `bracket` holds it. NaN for an optimizer that takes signs, whose
+        the scatter of the examples' curvatures adds; see `DerivedRates`. None is the full batch. An estimate, within
+        `bracket`. NaN for an optimizer that takes signs, whose
         steps do not shrink with the gradient, so that it stays at a distance in proportion to any rate.
 
         Raises:
           ValueError: B is none of those between the least and the largest looked at.
         """
-        return self._at(2 / (self.derived.largest + self.derived.scatter), batch_size)
+        return self._at(self.derived.limit, batch_size)
 
     def bracket(self, batch_size: int | None) -> tuple[Array, Array]:
-        """Two rates around the exact limit here: by the example of the largest curvature, by the sharpest direction.
+        """Two rates around the limit here, as far as the examples used tell.
 
-        As far as the examples used tell. The lower one needs Gauss–Newton matrices, so a loss of `mean_loss`, and is
-        NaN for batches of any other.
+        By the second moments of the distance, followed over a few examples and over many: the lower rate takes the few
+        for all, so that each weighs too much, the higher one leaves out the directions that the few do not span. Where
+        these are not at hand, by the example of the largest curvature and by the sharpest direction: a wide bracket,
+        whose lower end needs Gauss–Newton matrices, so a loss of `mean_loss`, and is NaN for batches of any other.
 
         Raises:
           ValueError: as `limit`.
         """
-        largest = self.derived.largest
-        ends = largest + self.derived.worst, largest + self.derived.sharpest
-        low, high = (self._at(2 / end, batch_size) for end in ends)
+        low, high = (self._at(end, batch_size) for end in (self.derived.low, self.derived.high))
         return low, high
 
     def rate(self, batch_size: int | None) -> Array:
@@ -288,6 +288,7 @@ def analyse(
     opt_state: Any = None,
     tol: float = 1e-3,
     num_probes: int = 32,
+    second_moments: bool = True,
 ) -> Analysis:
     """The learning rates that curvature and noise allow an optimizer that begins at ``params``.
 
@@ -306,6 +307,7 @@ def analyse(
         they are, there is no probe run, and the rate is half of the limit here.
       tol: relative accuracy of λ_max.
       num_probes: random probes for tr(HΣ).
+      second_moments: narrow the bracket of each limit by them, which takes a few seconds.
 
     Returns:
       An `Analysis`; printed, it is a table.
@@ -340,7 +342,10 @@ def analyse(
         )
     check_independent(loss, params, batch)
     curvature = noisy_curvature(loss, params, batch, key=probe_key, num_probes=num_probes)
-    derived = derive(loss, params, batch, make_optimizer, sizes, opt_state=opt_state, key=derived_key, tol=tol)
+    derived = derive(
+        loss, params, batch, make_optimizer, sizes, opt_state=opt_state, key=derived_key, tol=tol,
+        second_moments=second_moments,
+    )  # fmt: skip
     return Analysis(sharp, noise, curvature, derived, n, name_of(make_optimizer))
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,9 +13,11 @@ from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
 from jaxnet.curvature import eigsh, hessian
 from jaxnet.data import reshuffled
-from jaxnet.learning_rate._point import Point, limits, look, with_errors
+from jaxnet.learning_rate._forms import parts_known
+from jaxnet.learning_rate._point import Point, limits, look, noise_share, with_errors
 from jaxnet.learning_rate._point import greedy as greedy_of
-from jaxnet.learning_rate._response import alternating, at_constant_rate, check_maker, check_proportional
+from jaxnet.learning_rate._response import alternating, at_constant_rate, check_maker, check_proportional, recursion
+from jaxnet.learning_rate._second_moments import FOLLOWED, ends, num_spanning
 from jaxnet.learning_rate._signs import takes_sign
 from jaxnet.training import init_state, make_update, trajectory
 
@@ -23,6 +25,8 @@ from jaxnet.training import init_state, make_update, trajectory
 _SAMPLE, _FEWEST = 256, 32
 # Steps of the probe run at least, and how often it may fail and begin anew at a quarter of its rate.
 _STEPS, _TRIES = 8, 4
+# What the bracket's ends leave to the examples and directions that were not looked at, as a factor.
+_MARGIN = 1.08
 
 
 @jax.tree_util.register_dataclass
@@ -34,14 +38,14 @@ class DerivedRates:
       rate: √(greedy · ½ later_limit), the rate to train at; NaN where no step from here lowers the loss.
       greedy: g·Rg/(Rg·CRg + p tr(RCRΣ)), which lowers the expected loss most in one step from here.
       largest: λ_max(R^½HR^½ + D) here, on all examples, for a rate of 1; NaN for signs.
-      scatter: p q, at least ``sharpest``, what noise adds to it: 2/(λ + p q) is where the mean square begins to grow.
-      sharpest: p Var(v′C_nv)/λ, the least that it adds, along the sharpest direction v.
-      worst: p max tr C_n, more than it adds; NaN where C_n are Hessians.
+      scatter: p q, what noise adds to it: 2/(λ + p q) is where the mean square begins to grow.
+      limit: that rate, within its bracket.
+      low, high: the bracket.
       later_limit: 2/(λ + p q) where the probe run ended.
       *_error: standard errors, over the random directions and the examples used.
       probe_rate: the rate of the probe run.
       probe_losses: the loss before it and after it.
-      num_gradients: the cost, in gradients of all N examples, for each batch size.
+      num_gradients: the cost, in gradients of all N examples, for each batch size; ``largest`` and the bracket apart.
       batch_sizes: B, rising.
       probe_batch_size: of the probe run.
     """
@@ -53,8 +57,9 @@ class DerivedRates:
     largest: Array
     scatter: Array
     scatter_error: Array
-    sharpest: Array
-    worst: Array
+    limit: Array
+    low: Array
+    high: Array
     later_limit: Array
     later_limit_error: Array
     probe_rate: Array
@@ -62,6 +67,38 @@ class DerivedRates:
     num_gradients: Array
     batch_sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     probe_batch_size: int = dataclasses.field(metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What is asked, and the examples looked at."""
+
+    loss: Loss
+    params: ArrayTree
+    data: Any
+    n: int
+    make_optimizer: MakeOptimizer
+    batch_sizes: tuple[int, ...]
+    signs: bool
+    sample: Any
+    used: int
+    look_key: Array
+
+    def points(self, params: ArrayTree, opt_state: Any) -> list[Point]:
+        return look(
+            self.loss, self.make_optimizer, self.sample, self.n, self.batch_sizes, self.look_key, params, opt_state,
+            signs=self.signs,
+        )  # fmt: skip
+
+    def spent(self, points: list[Point]) -> np.ndarray:
+        """The cost in gradients of all examples."""
+        return np.array([point.num_gradients for point in points]) * (self.used / self.n)
+
+    @property
+    def middle(self) -> int:
+        """Which of the batch sizes the probe run has."""
+        sizes = np.array(self.batch_sizes)
+        return int(np.argmin(np.abs(np.log(sizes**2 / (sizes[0] * sizes[-1])))))
 
 
 def derive(
@@ -74,6 +111,7 @@ def derive(
     opt_state: Any,
     key: Array,
     tol: float,
+    second_moments: bool,
 ) -> DerivedRates:
     """The rates of an optimizer at each batch size.
 
@@ -86,9 +124,11 @@ def derive(
       opt_state: its state where training is under way, or None.
       key: for the examples used, the random directions and the probe run's order.
       tol: relative accuracy of ``largest``.
+      second_moments: narrow the bracket by them, where the loss is of `mean_loss` and the examples are in memory.
 
     Raises:
       TypeError: the optimizer's update is not proportional to a small gradient, or a part of it is not known.
+      ValueError: there is a state, of an optimizer that takes signs.
     """
     check_maker(make_optimizer, params)
     signs = bool(takes_sign(make_optimizer, params))
@@ -99,65 +139,97 @@ def derive(
     n = dataset.num_examples(data)
     sample_key, look_key, probe_key = jax.random.split(key, 3)
     sample, used = _sample(data, n, sample_key)
-    at = functools.partial(look, loss, make_optimizer, sample, n, batch_sizes, look_key, signs=signs)
-    here = at(params, opt_state)
-    greedy, greedy_error = greedy_of(here)
-    limit, limit_error = limits(here)
-    sharpest = np.array([point.sharpest for point in here])
+    task = _Task(loss, params, data, n, make_optimizer, batch_sizes, signs, sample, used, look_key)
+    here = task.points(params, opt_state)
+    standing = _standing(task, here, tol, second_moments)
+    if opt_state is None:
+        going = _after_a_run(task, here, probe_key)
+    else:
+        # Under way the best single step falls as the gradient does, and says nothing of a run: the limit alone counts.
+        greedy, greedy_error = greedy_of(here)
+        limit, error = standing["limit"], limits(here)[1]
+        going = {
+            "rate": limit / 2,
+            "rate_error": error / 2,
+            "greedy": greedy,
+            "greedy_error": greedy_error,
+            "later_limit": limit,
+            "later_limit_error": error,
+            "probe_rate": np.nan,
+            "probe_losses": np.full(2, np.nan),
+            "num_gradients": task.spent(here),
+        }
+    arrays = {name: jnp.asarray(values) for name, values in (standing | going).items()}
+    return DerivedRates(**arrays, batch_sizes=batch_sizes, probe_batch_size=batch_sizes[task.middle])
+
+
+def _standing(task: _Task, here: list[Point], tol: float, second_moments: bool) -> dict[str, np.ndarray]:
+    """The limit here, what it is made of, and two rates around it."""
+    sharpest, worst = (np.array([getattr(point, name) for point in here]) for name in ("sharpest", "worst"))
     scatter, scatter_error = with_errors(here, "scatter")
     # An estimate above what the sharpest direction alone bears would be a permit that does not hold.
     scatter = np.maximum(scatter, sharpest)
     # However short a sign's steps are, they do not shrink with the gradient: about a minimum no rate is stable.
-    largest = np.full_like(greedy, np.nan) if signs else _largest(loss, params, data, here, key=look_key, tol=tol)
-    middle = int(np.argmin(np.abs(np.log(np.square(batch_sizes) / (batch_sizes[0] * batch_sizes[-1])))))
-    size = batch_sizes[middle]
-    spent = _spent(here, used / n)
-    first, losses = min(greedy[middle], limit[middle] / 2), np.full(2, np.nan)
-    if opt_state is not None:
-        # Under way the best single step falls as the gradient does, and says nothing of a run: the limit alone counts.
-        later = 2 / (largest + scatter)
-        later_error = later * limit_error / limit
-        rate, rate_error = later / 2, later_error / 2
-    else:
-        steps = max(_STEPS, -(-n // size))
-        run = functools.partial(
-            _probe, loss, make_optimizer, params, data, sample, key=probe_key, size=size, steps=steps
-        )
-        after, losses, tries = _descend(run, first)
-        # The quadratic model promised a gain; where there was none, it holds less far than it says.
-        first, greedy = (rate / 4 ** (tries - 1) for rate in (first, greedy))
-        spent = spent + tries * (steps * size + 2 * used) / n
-        later = later_error = np.full_like(greedy, np.nan)
-        if after is not None:
-            there = at(after, None)
-            later, later_error = limits(there)
-            spent = spent + _spent(there, used / n)
-        rate = np.sqrt(greedy * later / 2)
-        rate_error = rate / 2 * np.hypot(greedy_error / greedy, later_error / later)
-    arrays = {
-        "rate": rate,
-        "rate_error": rate_error,
-        "greedy": greedy,
-        "greedy_error": greedy_error,
+    largest = np.full_like(scatter, np.nan) if task.signs else _largest(task, here, tol)
+    low, high = 2 / (largest + worst), 2 / (largest + sharpest)
+    if second_moments and not task.signs:
+        for i, found in enumerate(_by_second_moments(task, here, largest)):
+            # Two samples may differ by more than what tells the ends apart.
+            low[i], high[i] = np.fmax(low[i], min(found) / _MARGIN), np.fmin(high[i], max(found) * _MARGIN)
+    limit = np.fmax(np.fmin(2 / (largest + scatter), high), low)
+    return {
         "largest": largest,
         "scatter": scatter,
         "scatter_error": scatter_error,
-        "sharpest": sharpest,
-        "worst": [point.worst for point in here],
+        "limit": limit,
+        "low": low,
+        "high": high,
+    }
+
+
+def _by_second_moments(task: _Task, here: list[Point], largest: np.ndarray) -> Iterator[tuple[float, float]]:
+    """Two rates around the limit for each batch size; nothing where they cannot be had."""
+    weights, spanning = recursion(task.make_optimizer, task.params), num_spanning(task.params, task.n)
+    if not parts_known(task.loss) or dataset.on_host(task.data) or weights is None or not spanning:
+        return
+    rows = jax.random.choice(task.look_key, task.n, (min(task.n, FOLLOWED),), replace=False)
+    examples = jax.tree.map(lambda x: jnp.asarray(x)[rows], task.data)
+    for size, point, top in zip(task.batch_sizes, here, largest, strict=True):
+        share = noise_share(size, task.n)
+        found = ends(
+            task.loss, task.params, examples, point.root, weights, float(task.n), share, float(top), task.look_key,
+            spanning=spanning,
+        )  # fmt: skip
+        yield float(found[0]), float(found[1])
+
+
+def _after_a_run(task: _Task, here: list[Point], key: Array) -> dict[str, Any]:
+    """The rate, by the best single step here and the limit where a run at it leads."""
+    greedy, greedy_error = greedy_of(here)
+    size = task.batch_sizes[task.middle]
+    steps = max(_STEPS, -(-task.n // size))
+    first = min(greedy[task.middle], limits(here)[0][task.middle] / 2)
+    after, losses, tries = _descend(functools.partial(_probe, task, key=key, size=size, steps=steps), first)
+    # The quadratic model promised a gain; where there was none, it holds less far than it says.
+    first, greedy = (rate / 4 ** (tries - 1) for rate in (first, greedy))
+    spent = task.spent(here) + tries * (steps * size + 2 * task.used) / task.n
+    later = later_error = np.full_like(greedy, np.nan)
+    if after is not None:
+        there = task.points(after, None)
+        later, later_error = limits(there)
+        spent = spent + task.spent(there)
+    rate = np.sqrt(greedy * later / 2)
+    return {
+        "rate": rate,
+        "rate_error": rate / 2 * np.hypot(greedy_error / greedy, later_error / later),
+        "greedy": greedy,
+        "greedy_error": greedy_error,
         "later_limit": later,
         "later_limit_error": later_error,
         "probe_rate": first,
         "probe_losses": losses,
         "num_gradients": spent,
     }
-    return DerivedRates(
-        **{name: jnp.asarray(values) for name, values in arrays.items()}, batch_sizes=batch_sizes, probe_batch_size=size
-    )
-
-
-def _spent(points: list[Point], share: float) -> np.ndarray:
-    """The cost in gradients of all examples."""
-    return np.array([point.num_gradients for point in points]) * share
 
 
 def _descend(run: Callable[[float], tuple[ArrayTree, np.ndarray]], rate: float) -> tuple[Any, np.ndarray, int]:
@@ -172,7 +244,7 @@ def _descend(run: Callable[[float], tuple[ArrayTree, np.ndarray]], rate: float) 
     return None, losses, _TRIES
 
 
-def _largest(loss: Loss, params: ArrayTree, data: Any, points: list[Point], *, key: Array, tol: float) -> np.ndarray:
+def _largest(task: _Task, points: list[Point], tol: float) -> np.ndarray:
     """λ_max(R^½HR^½ + D) for each batch size, each search from the last one's vector."""
     values: list[float] = []
     before, vector = None, None
@@ -181,7 +253,8 @@ def _largest(loss: Loss, params: ArrayTree, data: Any, points: list[Point], *, k
         # Without second moments R does not depend on the batch size.
         same = before is not None and all(map(np.array_equal, *map(jax.tree.leaves, (before, point.response))))
         if not same:
-            pairs = eigsh(alternating(hessian(loss, params, data), root, decay), tol=tol, key=key, v0=vector)
+            op = alternating(hessian(task.loss, task.params, task.data), root, decay)
+            pairs = eigsh(op, tol=tol, key=task.look_key, v0=vector)
             value, vector = float(pairs.values[0]), jax.tree.map(lambda x: x[0], pairs.vectors)
         values.append(value)
         before = point.response
@@ -197,29 +270,17 @@ def _sample(data: Any, n: int, key: Array) -> tuple[Any, int]:
     return jax.tree.map(lambda x: jnp.asarray(x)[rows], data), used
 
 
-def _probe(
-    loss: Loss,
-    make_optimizer: MakeOptimizer,
-    params: ArrayTree,
-    data: Any,
-    sample: Any,
-    rate: float,
-    *,
-    key: Array,
-    size: int,
-    steps: int,
-) -> tuple[ArrayTree, np.ndarray]:
+def _probe(task: _Task, rate: float, *, key: Array, size: int, steps: int) -> tuple[ArrayTree, np.ndarray]:
     """Where so many steps at a rate lead, and the loss on the sample before and after."""
+    params, make = task.params, task.make_optimizer
     eta = jnp.asarray(rate, jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32))
-    value = lambda p: dataset.mean(_Value(loss), sample, p)
-    if dataset.on_host(data):
-        state, _ = trajectory(
-            functools.partial(_streamed_step, loss, make_optimizer, eta), _begin(make_optimizer, eta, params), data
-        )
-        after = state.params
+    value = lambda p: float(dataset.mean(_Value(task.loss), task.sample, p))
+    if dataset.on_host(task.data):
+        step = functools.partial(_streamed_step, task.loss, make, eta)
+        after = trajectory(step, _begin(make, eta, params), task.data)[0].params
     else:
-        after = _run(loss, make_optimizer, params, data, eta, key, size=size, steps=steps)
-    return after, np.array([float(value(params)), float(value(after))])
+        after = _run(task.loss, make, params, task.data, eta, key, size=size, steps=steps)
+    return after, np.array([value(params), value(after)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,8 @@ class Point(NamedTuple):
       worst: p max tr(R^½C_nR^½) over the examples used: more than noise adds. NaN where C_n are Hessians, for which no
         such bound holds.
       vector: v, from which the next search starts.
-      response: R for a gradient that alternates, and D.
+      response: √R for a gradient that alternates, and D.
+      root: √R for one that stays.
       num_gradients: the cost in gradients of the examples used; a product counts as three, a form as two.
     """
 
@@ -51,6 +52,7 @@ class Point(NamedTuple):
     worst: Any
     vector: ArrayTree
     response: Any
+    root: ArrayTree
     num_gradients: Any
 
 
@@ -148,6 +150,7 @@ def _look(
         worst=share * jnp.maximum(traces.mean(axis=1).max(), scatter) if bounded else jnp.where(share > 0, jnp.nan, 0),
         vector=vector,
         response=(root, decay),
+        root=half,
         num_gradients=3 * pairs.num_matvecs + 2 * rows.shape[1] + 3 + 2 * len(noises),
     )
 

@@ -206,6 +206,52 @@ class Response(NamedTuple):
     decay: ArrayTree
 
 
+class Recursion(NamedTuple):
+    """u = −R(a g + w m), m ← ρm + g, with R the step for a gradient that stays, so that a + w/(1 − ρ) = 1."""
+
+    a: Array
+    w: Array
+    rho: Array
+
+
+def recursion(make_optimizer: MakeOptimizer, params: ArrayTree) -> Recursion | None:
+    """How an optimizer weighs gradient and momentum; None if it does not do so alike for all of the params."""
+    least, largest = _recursions(make_optimizer, params)
+    alike = all(float(high - low) <= 1e-3 for low, high in zip(least, largest, strict=True))
+    return largest if alike else None
+
+
+@jax.jit(static_argnums=0)
+def _recursions(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Recursion, Recursion]:
+    """The least and the largest of each number, over the params that are trained."""
+    optimizer = optax.with_extra_args_support(make_optimizer(1.0))
+    update = lambda g, state, p: optimizer.update(g, state, p, value=jnp.zeros(()), grad=filled(0, params))
+    state = by_role("counts", lambda t: jnp.full_like(t, LONG), optimizer.init(params))
+    held = at_height(update, by_role("squares", lambda x: filled(1, x), state), params)
+    linear = linearise(update, held, params)
+    none = filled(0, params)
+    (now, fed), (remembered, kept) = linear(1, 0, 0), linear(0, 1, 0)
+    alpha, rho = merged(fed, none), merged(kept, none)
+    later = jax.tree.map(jnp.multiply, remembered, alpha)
+    steady = jax.tree.map(lambda a, w, r: a + w / (1 - r), now, later, rho)
+    over = lambda tree: jax.tree.map(lambda x, s: x / jnp.where(s == 0, 1, s), tree, steady)
+    parts = over(now), over(later), rho
+
+    def extreme(f: Callable[..., Array], otherwise: float) -> Recursion:
+        # What is not trained has no part in it.
+        leaves = lambda tree: jax.tree.map(lambda x, s: f(jnp.where(s == 0, otherwise, x)), tree, steady)
+        return Recursion(*(f(jnp.stack(jax.tree.leaves(leaves(tree)))) for tree in parts))
+
+    return extreme(jnp.min, jnp.inf), extreme(jnp.max, -jnp.inf)
+
+
+def merged(momenta: list[ArrayTree], none: ArrayTree) -> ArrayTree:
+    """What momenta of several groups hold, as one tree like params; 0 where there is no momentum."""
+    for momentum in momenta:
+        none = where_held(lambda held, _: held, momentum, none)
+    return none
+
+
 # Steps after which an average has settled, and before which a schedule is looked for at its height; a gradient that no
 # clip cuts.
 LONG, _SCHEDULED, _SMALL = 2**30, 2**20, 2.0**-40

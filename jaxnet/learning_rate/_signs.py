@@ -9,7 +9,7 @@ from jax import lax
 from jax.scipy.special import erf
 
 from jaxnet.contract import Array, ArrayTree, MakeOptimizer
-from jaxnet.learning_rate._response import LONG, Response, Update, at_height, by_role, collect, filled, where_held
+from jaxnet.learning_rate._response import LONG, Response, Update, at_height, by_role, collect, filled, merged
 
 # Halvings of an interval in which the momentum's weight beside the gradient's lies.
 _HALVINGS, _LARGEST = 60, 1e6
@@ -105,7 +105,7 @@ def _step(make_optimizer: MakeOptimizer, params: ArrayTree) -> _Step:
         return jax.tree.map(jnp.where, down, middle, ends[0]), jax.tree.map(jnp.where, down, ends[1], middle)
 
     weight, _ = lax.fori_loop(0, _HALVINGS, halve, (none, filled(_LARGEST, params)))
-    alpha, rho = (_merged(momenta, none) for momenta in (fed, kept))
+    alpha, rho = (merged(momenta, none) for momenta in (fed, kept))
     # c_t = g_t + bα Σ ρᵏ g_{t−1−k}.
     steady = jax.tree.map(lambda b, a, r: 1 + b * a / (1 - r), weight, alpha, rho)
     alternating = jax.tree.map(lambda b, a, r: 1 - b * a / (1 + r), weight, alpha, rho)
@@ -117,10 +117,3 @@ def _step(make_optimizer: MakeOptimizer, params: ArrayTree) -> _Step:
         turned=ratio(alternating, steady),
         decay=optax.tree.scale(-1, update(none, 0.0, filled(1, params))[0]),
     )
-
-
-def _merged(momenta: list[ArrayTree], none: ArrayTree) -> ArrayTree:
-    """What momenta of several groups hold, as one tree like params; 0 where there is no momentum."""
-    for momentum in momenta:
-        none = where_held(lambda held, _: held, momentum, none)
-    return none

@@ -111,7 +111,7 @@ def test_the_limit_of_a_quadratic_lies_in_its_bracket(momentum, x64):
         low, high = (float(end) for end in found.bracket(size))
         assert low <= limit * (1 + 1e-6)
         assert limit <= high * (1 + 0.02)
-        assert 0.3 < limit / float(found.limit(size)) < 1.2
+        assert high / low < 1.2
     np.testing.assert_allclose(exact[-1], float(found.limit(100)), rtol=1e-3)
 
 
@@ -145,7 +145,8 @@ def test_is_my_rate_stable(analysed):
     assert found.is_stable((low + high) / 2) == "not resolved"
     assert found.is_stable(0.99 * low, 300) == "yes"
     low, high = (float(end) for end in found.bracket(1))
-    assert low < float(found.limit(1)) < high
+    assert low < float(found.limit(1)) <= high
+    assert high < 2 * low
     assert found.is_stable(0.9 * low, 1) == "yes"
     assert found.is_stable((low * high) ** 0.5, 1) == "not resolved"
     assert found.is_stable(1.01 * high, 1) == "no"

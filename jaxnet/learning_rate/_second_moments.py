@@ -1,0 +1,179 @@
+"""Where the mean square of an optimizer's distance begins to grow: two rates around it, by second moments.
+
+In the coordinates R^-½ω an optimizer with one momentum takes u = −η(a g + w m), m ← ρm + g, with g = Cω + ξ, C the
+mean of the examples' matrices C_n, and ξ the noise of a batch. With M the second moment of ω and p(mean C_nMC_n − CMC)
+that of the noise, M goes on to Σ_t h_t W h_t′ of this W, with h the answer to an impulse: a number for each pair of C's
+eigenvectors. The mean square grows from the rate on at which this map of M has an eigenvalue of 1.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from jaxnet import losses
+from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.curvature import Eigensolver, LinearOperator, Space
+from jaxnet.learning_rate._response import Recursion
+
+# Examples that moments are followed over, those whose directions span them, and directions of each.
+FOLLOWED, _SPANNING, _RANK = 1024, 128, 2
+# Numbers that the spanning directions may hold, and the fewest examples worth the work.
+_HELD, _FEWEST = 2**26, 16
+# Octaves below the limit without noise in which the rate lies, halvings, and terms of an impulse's answer: 2^18.
+_OCTAVES, _HALVINGS, _DOUBLINGS = 16, 10, 18
+_TOLERANCE = 0.02
+
+
+def num_spanning(params: ArrayTree, num_examples: int) -> int:
+    """How many examples' directions fit in memory; 0 if too few."""
+    num_params = sum(x.size for x in jax.tree.leaves(params))
+    found = min(num_examples, _SPANNING, _HELD // (_RANK * max(num_params, 1)))
+    return found if found >= min(_FEWEST, num_examples) else 0
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "spanning"))
+def ends(
+    loss: Loss,
+    params: ArrayTree,
+    sample: ArrayTree,
+    root: ArrayTree,
+    recursion: Recursion,
+    n: Array,
+    share: Array,
+    largest: Array,
+    key: Array,
+    *,
+    spanning: int,
+) -> tuple[Array, Array]:
+    """Two rates around the limit.
+
+    The lower one is that of a few examples as if they were all: each then weighs more than it does, and the mean square
+    grows earlier. The higher one is of many examples, with M in the span of those few's directions: what grows
+    elsewhere is left out, so that it is seen to grow too late.
+
+    Args:
+      loss: of `mean_loss`.
+      params: the point.
+      sample: examples in memory, drawn at random.
+      root: √R for a gradient that stays, like params.
+      recursion: the optimizer's.
+      n: N, all the examples there are.
+      share: p.
+      largest: 2 over the limit without noise, of all examples.
+      key: for the random start of the search for directions.
+      spanning: see `num_spanning`.
+    """
+    first = jax.tree.map(lambda x: x[:spanning], sample)
+    factors = functools.partial(_factors, loss, params, root=ravel_pytree(root)[0], key=key)
+    rows = factors(first)
+    flat = rows.reshape(-1, rows.shape[-1])
+    values, vectors = jnp.linalg.eigh(flat @ flat.T)
+    basis = (vectors * _inverse_root(values)).T @ flat
+    found = []
+    for of in (rows @ basis.T, factors(sample, basis=basis)):
+        size = of.shape[0]
+        # The mean of few examples has some of the noise's part already.
+        kept = jnp.maximum((share - (1 / size - 1 / n)) / (1 - (1 / size - 1 / n)), 0)
+        noisy, still = _inverse_limits(of, recursion, kept)
+        found.append(2 / (largest + noisy - still))
+    return found[0], found[1]
+
+
+def _inverse_root(values: Array) -> Array:
+    """1/√λ, and 0 where λ is so to rounding."""
+    kept = values > 10 * values.size * jnp.finfo(values.dtype).eps * values.max()
+    return jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1)), 0)
+
+
+def _factors(
+    loss: Loss, params: ArrayTree, data: ArrayTree, *, root: Array, key: Array, basis: Array | None = None
+) -> Array:
+    """Y_n (N, k, P) with Y_n′Y_n next to R^½C_nR^½ and not above it; in a basis of r rows (N, k, r).
+
+    By Nyström's formula from k random directions, once multiplied by the matrix.
+
+    Reference:
+      Halko, Martinsson & Tropp, "Finding Structure with Randomness", SIAM Review 2011, section 5.5.
+    """
+    parts = losses.parts_of(loss)[0]
+    unravel = ravel_pytree(params)[1]
+    start = jax.random.normal(key, (_RANK, root.size), root.dtype)
+
+    def of_example(example: ArrayTree) -> Array:
+        one = jax.tree.map(lambda x: x[None], example)
+        outputs, pull = jax.vjp(lambda p: parts.outputs(p, one), params)
+        slope = jax.grad(lambda o: parts.criterion(o, one[1]).sum())
+
+        def product(v: Array) -> Array:
+            along = jax.jvp(lambda p: parts.outputs(p, one), (params,), (unravel(root * v),))[1]
+            return root * ravel_pytree(pull(jax.jvp(slope, (outputs,), (along,))[1])[0])[0]
+
+        directions = jnp.linalg.qr(lax.map(product, start).T)[0].T
+        products = lax.map(product, directions)
+        values, vectors = jnp.linalg.eigh(directions @ products.T)
+        rows = (vectors * _inverse_root(values)).T @ products
+        return rows if basis is None else rows @ basis.T
+
+    return lax.map(of_example, data, batch_size=8)
+
+
+def _inverse_limits(factors: Array, recursion: Recursion, share: Array) -> tuple[Array, Array]:
+    """2/η where the mean square begins to grow, and 2/η of the mean alone."""
+    size, rank, _ = factors.shape
+    rows = factors.reshape(size * rank, -1)
+    values, vectors = jnp.linalg.eigh(rows.T @ rows / size)
+    values = jnp.maximum(values, 0)
+    rows = rows @ vectors
+    still = values[-1] * (recursion.a - recursion.w / (1 + recursion.rho))
+    space = Space.of(jnp.zeros((values.size, values.size), rows.dtype))
+    solver = Eigensolver(space, warm=True)
+    blocks = rows.reshape(size, rank, -1)
+
+    def halve(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, moment = state
+        del index
+        middle = (low + high) / 2
+        gain = _gains(values, jnp.exp2(-middle) * 2 / still, recursion)
+        op = LinearOperator(_noise_met, space, (blocks, values, jnp.sqrt(jnp.maximum(share * gain, 0))))
+        pairs, _ = solver.search(op, solver.start(jax.random.key(0), moment), _TOLERANCE)
+        grows = ~(pairs.values[0] < 1)
+        return jnp.where(grows, middle, low), jnp.where(grows, high, middle), pairs.vectors[0]
+
+    nothing = jnp.zeros((), rows.dtype)
+    start = nothing, nothing + _OCTAVES, jnp.diag(values)
+    # In octaves below the limit without noise: where there is none of that, it is the limit.
+    low, _, _ = lax.fori_loop(0, _HALVINGS, halve, start)
+    return jnp.where(share > 0, jnp.exp2(low), 1) * still, still
+
+
+def _noise_met(operands: tuple[Array, Array, Array], m: Array) -> Array:
+    """√g (mean C_nMC_n − CMC) √g, element by element, with M = √g m."""
+    blocks, values, root = operands
+    size, rank, r = blocks.shape
+    moment = root * m
+    inner = jnp.einsum("ncr,ndr->ncd", (blocks.reshape(-1, r) @ moment).reshape(size, rank, r), blocks)
+    scattered = (inner @ blocks).reshape(-1, r)
+    return root * (blocks.reshape(-1, r).T @ scattered / size - values[:, None] * moment * values[None, :])
+
+
+def _gains(values: Array, rate: Array, recursion: Recursion) -> Array:
+    """Σ_t h_t(λ_k) h_t(λ_l): the second moment of ω's parts by noise of second moment 1 at each step.
+
+    By the state z = (x, m), z ← A z + b ξ, whose moments' series is summed by doubling its length.
+    """
+    a, w, rho = recursion
+    one = jnp.ones_like(values)
+    step = jnp.array([[1 - rate * a * values, -rate * w * one], [values, rho * one]])
+    step = jnp.moveaxis(step, 2, 0)
+    kick = jnp.array([-rate * a, 1.0])
+    first = jnp.broadcast_to(jnp.outer(kick, kick), (values.size, values.size, 2, 2))
+
+    def double(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        total, powers = state
+        moved = jnp.einsum("kab,klbc,ldc->klad", powers, total, powers)
+        return total + moved, powers @ powers
+
+    return lax.fori_loop(0, _DOUBLINGS, double, (first.astype(values.dtype), step))[0][..., 0, 0]
