@@ -1,4 +1,5 @@
-"""`sharpness_sgd`, untuned, against the best constant rate of a 40-point sweep: an MLP, full batch.
+"""`sharpness_sgd`, untuned, against the best constant rate of 40-point sweeps, with its momentum and without: an MLP,
+full batch.
 
 The last rows take the safeguard away, the check at once where the gradient has doubled.
 
@@ -30,6 +31,9 @@ PROBLEMS = {
     "mnist1d, cross-entropy": (data.mnist1d, losses.softmax_cross_entropy),
     "mnist1d, squared error": (data.mnist1d, losses.squared_error),
 }
+MOMENTUM = 0.9
+# With momentum the steps of a rate are 1/(1 − β) as long in the end: the same range of those.
+CONSTANT = ((optax.sgd, 1.0), (functools.partial(optax.sgd, momentum=MOMENTUM), 1 - MOMENTUM))
 CURVES = {}
 
 
@@ -38,30 +42,38 @@ def run():
     for name in PROBLEMS:
         loss, start, batch = posed(name)
         price = product_price(loss, start(0), batch)
-        ratios, diverged = {fraction: [] for fraction in FRACTIONS}, 0
+        ratios, plain, diverged = {fraction: [] for fraction in FRACTIONS}, [], 0
         for seed in SEEDS:
             params = start(seed)
-            best = best_constant(loss, params, batch)
+            of_plain, best = (best_constant(loss, params, batch, make, scale) for make, scale in CONSTANT)
             for fraction in FRACTIONS:
                 values, products = map(np.asarray, follow(loss, params, batch, fraction, jax.random.key(seed)))
                 diverged += left(values)
                 cost = np.arange(MOST) + price * products
-                reached = values <= best[-1]
-                ratios[fraction].append(cost[np.argmax(reached)] / STEPS if reached.any() else np.inf)
+                ratios[fraction].append(cost_to(best[-1], cost, values))
+                if fraction == DEFAULT:
+                    plain.append(cost_to(of_plain[-1], cost, values))
                 if seed == 0:
-                    CURVES.setdefault(name, {"best constant rate": (np.arange(len(best)), best)})
+                    CURVES.setdefault(name, {"momentum at its best constant rate": (np.arange(len(best)), best)})
                     CURVES[name][f"fraction {fraction}"] = (cost, values)
         of_default = ratios[DEFAULT]
         rows.append(
-            Row(f"{name}: cost to the loss / {STEPS} gradients, median", statistics.median(of_default), 2, False, {})
+            Row(
+                f"{name}: cost to momentum's loss / {STEPS} gradients, median",
+                statistics.median(of_default),
+                2,
+                False,
+                {},
+            )
         )
         rows.append(Row(f"{name}: the same, worst of {len(SEEDS)} seeds", max(of_default), 2, False, {}))
+        rows.append(Row(f"{name}: cost to gradient descent's loss, median", statistics.median(plain), 2, False, {}))
         rows.append(Row(f"{name}: runs that diverged, of {len(SEEDS) * len(FRACTIONS)}", diverged, 0, False, {}))
         rows += [
             Row(f"{name}: median at fraction {fraction}", statistics.median(ratios[fraction]), np.inf, False, {})
             for fraction in FRACTIONS[:-1]
         ]
-        rows.append(Row(f"{name}: the sweep's own cost / {STEPS} gradients", 40, np.inf, False, {}))
+        rows.append(Row(f"{name}: a sweep's own cost / {STEPS} gradients", 40, np.inf, False, {}))
         rows.append(Row(f"{name}: price of a Hessian product in gradients", price, 2, False, {}))
     return rows + [without_safeguard(name) for name in PROBLEMS]
 
@@ -102,15 +114,21 @@ def product_price(loss, params, batch):
     return times["product"] / times["gradient"]
 
 
-def best_constant(loss, params, batch):
-    """The losses along the run of the rate that ends lowest after 300 gradients, of 40 from .02/λ to 40/λ."""
+def best_constant(loss, params, batch, make, scale):
+    """The losses along the run of the rate that ends lowest after 300 gradients, of 40 from .02/λ to 40/λ, scaled."""
     value = curvature.sharpness(loss, params, batch, key=jax.random.key(0)).value
     results = training.sweep(
-        loss, params, batch, optax.sgd, learning_rates=np.geomspace(0.02, 40, 40) / float(value), batch_size=None,
+        loss, params, batch, make, learning_rates=scale * np.geomspace(0.02, 40, 40) / float(value), batch_size=None,
         num_epochs=STEPS + 1, key=jax.random.key(0),
     )  # fmt: skip
     runs = [r.history.step_loss[:, 0] for r in results if len(r.history.step_loss) > STEPS]
     return min((run for run in runs if np.isfinite(run).all()), key=lambda run: run[-1])
+
+
+def cost_to(target, cost, values):
+    """The gradients spent until the loss is down to a target, over those of the sweep's run."""
+    reached = values <= target
+    return cost[np.argmax(reached)] / STEPS if reached.any() else np.inf
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "fraction"))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,8 +23,9 @@ from jaxnet.training import init_state, make_update, trajectory
 
 # So many examples are looked at, or an eighth of all; of few a quarter, and no fewer than the last.
 _SAMPLE, _FEWEST = 256, 32
-# Steps of the probe run at least, and how often it may fail and begin anew at a quarter of its rate.
-_STEPS, _TRIES = 8, 4
+# Steps of the probe run at least, and how often it may fail and begin anew at a quarter of its rate. What a rate may
+# cost, in gradients of all examples, shortens a run whose batches are nearly all of them.
+_STEPS, _TRIES, _BUDGET = 8, 4, 30
 # What the bracket's ends leave to the examples and directions that were not looked at, as a factor.
 _MARGIN = 1.08
 
@@ -206,13 +207,13 @@ def _by_second_moments(task: _Task, here: list[Point], largest: np.ndarray) -> I
 def _after_a_run(task: _Task, here: list[Point], key: Array) -> dict[str, Any]:
     """The rate, by the best single step here and the limit where a run at it leads."""
     greedy, greedy_error = greedy_of(here)
-    size = task.batch_sizes[task.middle]
-    steps = max(_STEPS, -(-task.n // size))
     first = min(greedy[task.middle], limits(here)[0][task.middle] / 2)
-    after, losses, tries = _descend(functools.partial(_probe, task, key=key, size=size, steps=steps), first)
+    looked = task.spent(here)
+    # A second look, where the run ends, costs as much as the first.
+    after, losses, tries, ran = _descend(task, first, key=key, budget=_BUDGET - 2 * float(looked.max()))
     # The quadratic model promised a gain; where there was none, it holds less far than it says.
     first, greedy = (rate / 4 ** (tries - 1) for rate in (first, greedy))
-    spent = task.spent(here) + tries * (steps * size + 2 * task.used) / task.n
+    spent = looked + ran
     later = later_error = np.full_like(greedy, np.nan)
     if after is not None:
         there = task.points(after, None)
@@ -232,16 +233,19 @@ def _after_a_run(task: _Task, here: list[Point], key: Array) -> dict[str, Any]:
     }
 
 
-def _descend(run: Callable[[float], tuple[ArrayTree, np.ndarray]], rate: float) -> tuple[Any, np.ndarray, int]:
-    """Where a run that lowers the loss leads, its losses, and how many were tried: each at a quarter of the rate."""
-    losses = np.full(2, np.nan)
+def _descend(task: _Task, rate: float, *, key: Array, budget: float) -> tuple[Any, np.ndarray, int, float]:
+    """Where a run that lowers the loss leads, its losses, how many it took, each at a quarter of the rate; the cost."""
+    losses, spent, size = np.full(2, np.nan), 0.0, task.batch_sizes[task.middle]
     if not (np.isfinite(rate) and rate > 0):
-        return None, losses, 1
+        return None, losses, 1, spent
     for tries in range(1, _TRIES + 1):
-        after, losses = run(rate / 4 ** (tries - 1))
+        affordable = int((budget - spent - 2 * task.used / task.n) * task.n / size)
+        steps = max(1, min(max(_STEPS, -(-task.n // size)), affordable))
+        after, losses = _probe(task, rate / 4 ** (tries - 1), key=key, size=size, steps=steps)
+        spent += (steps * size + 2 * task.used) / task.n
         if losses[1] < losses[0]:
-            return after, losses, tries
-    return None, losses, _TRIES
+            return after, losses, tries, spent
+    return None, losses, _TRIES, spent
 
 
 def _largest(task: _Task, points: list[Point], tol: float) -> np.ndarray:

@@ -40,7 +40,7 @@ def blocks(params, batch):
 
 
 def growth(examples, response, share, beta, averaged, rate):
-    """The factor a step of the mean square of (ω, m), by ARPACK: m ← βm + g or, averaged, βm + (1 − β)g, ω ← ω − ηRm."""
+    """The factor a step of the mean square of (ω, m), by ARPACK: m ← βm + (1 or 1 − β)g, ω ← ω − ηRm."""
     n, d, _ = examples.shape
 
     def matrix(h):

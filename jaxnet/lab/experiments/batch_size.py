@@ -10,6 +10,7 @@ import optax
 
 from jaxnet import data, learning_rate, losses, nn, training
 from jaxnet.contract import Array
+from jaxnet.lab.experiments import _whole_runs
 from jaxnet.lab.experiments.two_gaussians import WITH_BIAS, minimum_with_bias
 from jaxnet.lab.record import Claim, Line, Panel, Record, Series, close, within
 from jaxnet.learning_rate import NoisyCurvature
@@ -32,18 +33,22 @@ def run(
     num_epochs: tuple[int, ...] = (0, 1, 4, 15),
     target: float = 0.25,
     num_runs: int = 3,
+    whole_sizes: tuple[int, ...] = (4, 16, 64, 256),
+    whole_epochs: int = 20,
 ) -> Record:
-    """The best rate for one step, the steps to a loss, and batches whose examples are alike, for each batch size."""
-    keys = jax.random.split(jax.random.key(seed), 4)
+    """The best rate for one step and for whole runs, the steps to a loss, and batches whose examples are alike."""
+    keys = jax.random.split(jax.random.key(seed), 5)
     params, batch = MODEL.init(keys[0], (64,)), data.digits()
     points = {epochs: _trained(params, batch, epochs, keys[1]) for epochs in num_epochs}
     best = {epochs: _best_rates(point, batch, batch_sizes, keys[2]) for epochs, point in points.items()}
     critical, steps = _steps_to(target, params, batch, batch_sizes, num_runs, keys[3])
     alike, alike_claims = _alike(seed)
+    whole = _whole_runs.whole_runs(LOSS, params, batch, whole_sizes, whole_epochs, keys[4])
     claims = [
         *(_rate_claim(epochs, batch_sizes, found) for epochs, found in best.items() if epochs),
         _within_factor("critical_batch_size", "critical batch size", critical["predicted"], critical["measured"], 3),
         *alike_claims,
+        *_whole_runs.claims(whole_sizes, whole),
     ]
     rows = [
         (f"best rate / predicted, {_when(epochs)}", _worst(found), "the worst of all batch sizes; " + _remark(epochs))
@@ -52,14 +57,23 @@ def run(
     return Record(
         name="batch_size",
         question=QUESTION,
-        config={"batch_sizes": batch_sizes, "num_epochs": num_epochs, "target": target, "num_runs": num_runs},
+        config={
+            "batch_sizes": batch_sizes, "num_epochs": num_epochs, "target": target, "num_runs": num_runs,
+            "whole_sizes": whole_sizes, "whole_epochs": whole_epochs,
+        },
         seed=seed,
         dtype="float32",
-        measurements={"best_rates": best, "critical_batch_size": critical, "steps": steps, "alike": alike},
+        measurements={
+            "best_rates": best, "critical_batch_size": critical, "steps": steps, "alike": alike, "whole_runs": whole,
+        },
         claims=claims,
         rows=rows,
-        panels=[_rates_panel(batch_sizes, best), *_steps_panels(batch_sizes, steps, critical, target)],
-    )
+        panels=[
+            _rates_panel(batch_sizes, best),
+            _whole_runs.panel(whole_sizes, whole),
+            *_steps_panels(batch_sizes, steps, critical, target),
+        ],
+    )  # fmt: skip
 
 
 def _when(epochs: int) -> str:
