@@ -197,6 +197,9 @@ def _by_second_moments(task: _Task, here: list[Point], largest: np.ndarray) -> I
     examples = jax.tree.map(lambda x: jnp.asarray(x)[rows], task.data)
     for size, point, top in zip(task.batch_sizes, here, largest, strict=True):
         share = noise_share(size, task.n)
+        if share == 0:
+            yield float(2 / top), float(2 / top)
+            continue
         found = ends(
             task.loss, task.params, examples, point.root, weights, float(task.n), share, float(top), task.look_key,
             spanning=spanning,

@@ -22,9 +22,11 @@ from jaxnet.learning_rate._response import Recursion
 FOLLOWED, _SPANNING, _RANK = 1024, 128, 2
 # Numbers that the spanning directions may hold, and the fewest examples worth the work.
 _HELD, _FEWEST = 2**26, 16
-# Octaves below the limit without noise in which the rate lies, halvings, and terms of an impulse's answer: 2^18.
-_OCTAVES, _HALVINGS, _DOUBLINGS = 16, 10, 18
-_TOLERANCE = 0.02
+# Octaves below the limit without noise in which the rate lies, steps of the search for it, and terms of an impulse's
+# answer: 2^18.
+_OCTAVES, _STEPS, _DOUBLINGS = 16.0, 6, 18
+# The relative accuracy of the eigenvalue, and the least that is told from none.
+_TOLERANCE, _LEAST = 0.02, 2.0**-40
 
 
 def num_spanning(params: ArrayTree, num_examples: int) -> int:
@@ -61,7 +63,7 @@ def ends(
       root: √R for a gradient that stays, like params.
       recursion: the optimizer's.
       n: N, all the examples there are.
-      share: p.
+      share: p, above 0.
       largest: 2 over the limit without noise, of all examples.
       key: for the random start of the search for directions.
       spanning: see `num_spanning`.
@@ -132,21 +134,27 @@ def _inverse_limits(factors: Array, recursion: Recursion, share: Array) -> tuple
     solver = Eigensolver(space, warm=True)
     blocks = rows.reshape(size, rank, -1)
 
-    def halve(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        low, high, moment = state
+    def step(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         del index
-        middle = (low + high) / 2
+        low, above, high, below, moment = state
+        # In octaves the eigenvalue falls by about one an octave: nearly a line.
+        middle = (low * below - high * above) / (below - above)
         gain = _gains(values, jnp.exp2(-middle) * 2 / still, recursion)
         op = LinearOperator(_noise_met, space, (blocks, values, jnp.sqrt(jnp.maximum(share * gain, 0))))
         pairs, _ = solver.search(op, solver.start(jax.random.key(0), moment), _TOLERANCE)
-        grows = ~(pairs.values[0] < 1)
-        return jnp.where(grows, middle, low), jnp.where(grows, high, middle), pairs.vectors[0]
+        found = jnp.log2(jnp.maximum(pairs.values[0], _LEAST))
+        grows = ~(found < 0)
+        # An end that stays counts half (the Illinois rule), so that both come near.
+        low, above = jnp.where(grows, middle, low), jnp.where(grows, found, above / 2)
+        high, below = jnp.where(grows, high, middle), jnp.where(grows, below / 2, found)
+        return low, above, high, below, pairs.vectors[0]
 
-    nothing = jnp.zeros((), rows.dtype)
-    start = nothing, nothing + _OCTAVES, jnp.diag(values)
-    # In octaves below the limit without noise: where there is none of that, it is the limit.
-    low, _, _ = lax.fori_loop(0, _HALVINGS, halve, start)
-    return jnp.where(share > 0, jnp.exp2(low), 1) * still, still
+    # In octaves below the limit without noise, which it is where the few examples' mean has all of the noise already.
+    number = functools.partial(jnp.asarray, dtype=rows.dtype)
+    start = number(0), number(_OCTAVES / 2), number(_OCTAVES), number(-_OCTAVES / 2), jnp.diag(values)
+    low, above, high, below, _ = lax.fori_loop(0, _STEPS, step, start)
+    octaves = (low * below - high * above) / (below - above)
+    return jnp.where(share > 0, jnp.exp2(octaves), 1) * still, still
 
 
 def _noise_met(operands: tuple[Array, Array, Array], m: Array) -> Array:
