@@ -212,8 +212,8 @@ def _after_a_run(task: _Task, here: list[Point], key: Array) -> dict[str, Any]:
     greedy, greedy_error = greedy_of(here)
     first = min(greedy[task.middle], limits(here)[0][task.middle] / 2)
     looked = task.spent(here)
-    # A second look, where the run ends, costs as much as the first.
-    after, losses, tries, ran = _descend(task, first, key=key, budget=_BUDGET - 2 * float(looked.max()))
+    # A second look, where the run ends, costs about as much as the first; a search may take longer there.
+    after, losses, tries, ran = _descend(task, first, key=key, budget=_BUDGET - 2.25 * float(looked.max()))
     # The quadratic model promised a gain; where there was none, it holds less far than it says.
     first, greedy = (rate / 4 ** (tries - 1) for rate in (first, greedy))
     spent = looked + ran

@@ -195,6 +195,15 @@ def test_training_at_the_derived_rate_is_near_the_best_of_a_sweep(analysed, name
     np.testing.assert_array_less(found.derived.probe_losses[1], found.derived.probe_losses[0])
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_a_rate_for_the_full_batch_keeps_its_budget(analysed, scale):
+    """Each step of the probe run costs a gradient of all examples there, also where it fails and begins anew."""
+    loss, params, batch, _ = analysed
+    steep = lambda p, b: loss(jax.tree.map(lambda x: scale * x, p), b)
+    found = learning_rate.analyse(steep, params, batch, key=KEY, batch_sizes=[300], second_moments=False)
+    assert found.derived.num_gradients[0] <= 30
+
+
 def test_a_schedule_falls_in_a_line_from_the_rate(analysed):
     found = analysed[-1]
     schedule, rate = found.schedule(8, 100), float(found.rate(8))
