@@ -21,7 +21,7 @@ from jaxnet.learning_rate._second_moments import FOLLOWED, ends, num_spanning
 from jaxnet.learning_rate._signs import takes_sign
 from jaxnet.training import init_state, make_update, trajectory
 
-# So many examples are looked at, or an eighth of all; of few a quarter, and no fewer than the last.
+# So many examples are looked at, or an eighth of all; of few a fifth, and no fewer than the last.
 _SAMPLE, _FEWEST = 256, 32
 # Steps of the probe run at least, and how often it may fail and begin anew at a quarter of its rate. What a rate may
 # cost, in gradients of all examples, shortens a run whose batches are nearly all of them.
@@ -213,7 +213,7 @@ def _after_a_run(task: _Task, here: list[Point], key: Array) -> dict[str, Any]:
     first = min(greedy[task.middle], limits(here)[0][task.middle] / 2)
     looked = task.spent(here)
     # A second look, where the run ends, costs about as much as the first; a search may take longer there.
-    after, losses, tries, ran = _descend(task, first, key=key, budget=_BUDGET - 2.25 * float(looked.max()))
+    after, losses, tries, ran = _descend(task, first, key=key, budget=_BUDGET - 2.1 * float(looked.max()))
     # The quadratic model promised a gain; where there was none, it holds less far than it says.
     first, greedy = (rate / 4 ** (tries - 1) for rate in (first, greedy))
     spent = looked + ran
@@ -270,7 +270,7 @@ def _largest(task: _Task, points: list[Point], tol: float) -> np.ndarray:
 
 def _sample(data: Any, n: int, key: Array) -> tuple[Any, int]:
     """Some of the examples: so many that the cost stays within a few gradients of all of them."""
-    used = min(n, max(n // 8, min(n // 4, _SAMPLE), _FEWEST))
+    used = min(n, max(n // 8, min(n // 5, _SAMPLE), _FEWEST))
     if dataset.on_host(data) or used == n:
         return data, n
     rows = jax.random.choice(key, n, (used,), replace=False)
