@@ -16,8 +16,9 @@ from jaxnet.data import reshuffled
 from jaxnet.learning_rate._forms import parts_known
 from jaxnet.learning_rate._point import Point, limits, look, noise_share, with_errors
 from jaxnet.learning_rate._point import greedy as greedy_of
-from jaxnet.learning_rate._response import alternating, at_constant_rate, check_maker, check_proportional, recursion
+from jaxnet.learning_rate._response import alternating
 from jaxnet.learning_rate._second_moments import FOLLOWED, ends, num_spanning
+from jaxnet.learning_rate._settled import at_constant_rate, check_maker, check_proportional, recursion
 from jaxnet.learning_rate._signs import takes_sign
 from jaxnet.training import init_state, make_update, trajectory
 

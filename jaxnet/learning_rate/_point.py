@@ -12,7 +12,8 @@ from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
 from jaxnet.curvature import Eigensolver
 from jaxnet.learning_rate._forms import curvature, forms, parts_known
-from jaxnet.learning_rate._response import alternating, held_in, settled
+from jaxnet.learning_rate._response import alternating
+from jaxnet.learning_rate._settled import held_in, settled
 from jaxnet.learning_rate._signs import settled_signs
 from jaxnet.per_example import gradients
 

@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from jaxnet import losses
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import Eigensolver, LinearOperator, Space
-from jaxnet.learning_rate._response import Recursion
+from jaxnet.learning_rate._settled import Recursion
 
 # Examples that moments are followed over, those whose directions span them, and directions of each.
 FOLLOWED, _SPANNING, _RANK = 1024, 128, 2

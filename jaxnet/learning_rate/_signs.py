@@ -9,7 +9,8 @@ from jax import lax
 from jax.scipy.special import erf
 
 from jaxnet.contract import Array, ArrayTree, MakeOptimizer
-from jaxnet.learning_rate._response import LONG, Response, Update, at_height, by_role, collect, filled, merged
+from jaxnet.learning_rate._response import Update, by_role, collect, filled, merged
+from jaxnet.learning_rate._settled import LONG, Response, at_height, unit
 
 # Halvings of an interval in which the momentum's weight beside the gradient's lies.
 _HALVINGS, _LARGEST = 60, 1e6
@@ -50,8 +51,7 @@ def takes_sign(make_optimizer: MakeOptimizer, params: ArrayTree) -> Array:
 
 def _at_its_height(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Update, Any]:
     """The update for a rate of 1, and its state after long, at the height of its schedule."""
-    optimizer = optax.with_extra_args_support(make_optimizer(1.0))
-    update = lambda g, state, p: optimizer.update(g, state, p, value=jnp.zeros(()), grad=g)
+    optimizer, update = unit(make_optimizer)
     state = by_role("counts", lambda t: jnp.full_like(t, LONG), optimizer.init(params))
     state = by_role("squares", lambda x: filled(1, x), state)
     return update, at_height(update, state, params)

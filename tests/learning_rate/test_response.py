@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxnet.learning_rate._response import check_maker, check_proportional, settled
+from jaxnet.learning_rate._settled import check_maker, check_proportional, settled
 from jaxnet.learning_rate._signs import settled_signs, takes_sign
 
 PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxnet import data, losses, nn
 from jaxnet.learning_rate import analyse, measure_sgd_stability
-from jaxnet.learning_rate._response import settled
+from jaxnet.learning_rate._settled import settled
 
 KEY = jax.random.key(0)
 NETWORK = nn.mlp([4, 2], activation=jnp.tanh)
