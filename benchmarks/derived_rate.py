@@ -8,7 +8,6 @@ linear fall to 0; peers at a constant rate.
 
 import json
 import pathlib
-import statistics
 import time
 
 import jax
@@ -18,13 +17,15 @@ from benchmarks import contenders
 from benchmarks.timing import Row
 from benchmarks.workloads import SECOND_BATCH_SIZES, WORKLOADS
 from jaxnet import learning_rate
-from jaxnet.lab.record import Panel, Series, to_json
+from jaxnet.lab.record import Line, Panel, Series, to_json
 
 SEEDS = (0, 1, 2)
 SCHEDULES = ("constant", "linear")
 QUICK = ("wine-mlp", "cancer-logistic", "diabetes-linear")
 QUICK_PEERS = ("prodigy", "schedule_free_adamw", "CDAT(adam)")
 FOUND = {}
+# Of a figure.
+COLOURS = 7
 
 
 def run(quick=False, folder=pathlib.Path("docs/derived-rate")):
@@ -240,33 +241,38 @@ def profile(runs, factors):
 
 
 def panels():
-    factors = np.geomspace(1 / 4, 8, 61)
     runs = list(judged(FOUND))
-    shares = profile(runs, factors)
-    places = sorted({(run["workload"], run["case"]) for run in runs})
-    of = lambda schedule: [
-        statistics.median(
-            r["distance"]
-            for r in runs
-            if (r["workload"], r["case"]) == place and r["schedule"] == schedule and r["method"] == "derived"
-        )
-        for place in places
-    ]
+    derived = [run for run in runs if run["method"] == "derived"]
+    factors, away = np.geomspace(1 / 4, 8, 61), np.geomspace(1, 8, 61)
+
+    def within(words, chosen):
+        farness = np.array([max(run["distance"], 1 / run["distance"]) for run in chosen])
+        return Series(words, away, [(farness <= factor).mean() for factor in away], "line")
+
+    # More methods than colours.
+    styles = [("line", i) if i < COLOURS else ("dashed", i - COLOURS) for i in range(2 * COLOURS)]
     return [
         Panel(
             name="profile",
             title="AdamW's cases at a constant rate: how soon each method reaches the tuned run's loss",
             xlabel="epochs / the tuned run's",
             ylabel="share of runs",
-            series=[Series(method, factors, values, "line") for method, values in shares.items()],
+            series=[
+                Series(method, factors, shares, *style)
+                for (method, shares), style in zip(profile(runs, factors).items(), styles, strict=False)
+            ],
             xscale="log",
         ),
         Panel(
             name="distance",
-            title="The derived rate's distance to the good interval, median of the seeds",
-            xlabel="case, in alphabetical order",
-            ylabel="factor; 1 is inside",
-            series=[Series(schedule, range(len(places)), of(schedule), "points") for schedule in SCHEDULES],
-            yscale="log",
+            title="The derived rate's distance to the good interval",
+            xlabel="factor",
+            ylabel="share of the rates that are no farther away",
+            series=[
+                within("workloads that the rule was chosen on", [run for run in derived if run["tuned"]]),
+                within("the others", [run for run in derived if not run["tuned"]]),
+            ],
+            lines=[Line("2 ×", 2.0), Line("4 ×", 4.0)],
+            xscale="log",
         ),
     ]
