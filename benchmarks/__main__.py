@@ -6,7 +6,7 @@ import pathlib
 
 from benchmarks.timing import finish
 
-NAMES = ("training", "curvature", "per_example", "sharpness_sgd", "derived_rate")
+NAMES = ("training", "curvature", "per_example", "sharpness_sgd", "derived_rate", "bracket")
 
 
 def main():

@@ -144,6 +144,27 @@ def test_adam_against_its_formula_on_a_network(mlp_problem):
         np.testing.assert_allclose(found.ratio, 3e-3 / found.limit, rtol=1e-9)
 
 
+def test_groups_with_a_momentum_each_are_what_a_mask_makes(x64):
+    """AdamW on one part and Adam on the other, and two masked decays, are AdamW with a mask."""
+    params = _params()
+    labels, mask = {"a": "decayed", "b": "free"}, {"a": True, "b": False}
+    decayed = functools.partial(optax.adamw, weight_decay=0.2)
+    ways = (
+        decayed(0.01, mask=mask),
+        optax.partition({"decayed": decayed(0.01), "free": optax.adam(0.01)}, labels),
+        optax.chain(
+            optax.masked(decayed(0.01), mask), optax.masked(optax.adam(0.01), jax.tree.map(lambda x: not x, mask))
+        ),
+    )
+    limits = []
+    for optimizer in ways:
+        update, state = jax.jit(training.make_update(quadratic, optimizer)), training.init_state(params, optimizer)
+        for _ in range(5):
+            state, _ = update(state, BATCH)
+        limits.append(stability(quadratic, state.params, BATCH, optimizer, state.opt_state, key=KEY, tol=1e-10).limit)
+    np.testing.assert_allclose(limits, limits[0], rtol=1e-8)
+
+
 def test_single_precision_and_a_warm_start():
     params = jax.tree.map(lambda x: x.astype(jnp.float32), _params())
     optimizer = optax.rmsprop(1e-3, momentum=0.9)
