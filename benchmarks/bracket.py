@@ -1,7 +1,7 @@
 """The bracket of the limit for noisy batches: how far its ends are apart, and whether a population grows between them.
 
-The population runs on the quadratic form of the examples' Gauss–Newton matrices, by its gradients alone: where a network
-begins its Hessians are indefinite, and along a negative curvature any rate grows.
+The population runs on the quadratic form of the Gauss–Newton matrices of single examples, by its gradients alone: where
+a network begins its Hessians are indefinite, and along a negative curvature any rate grows.
 """
 
 import jax
