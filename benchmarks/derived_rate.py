@@ -139,7 +139,9 @@ def good(grid, curves):
 
 
 def distance(rate, low, high):
-    """How far outside of the interval, as a factor: above 1 too high, below 1 too low."""
+    """How far outside of the interval, as a factor: above 1 too high, below 1 too low; inf where there is no rate."""
+    if not rate > 0:
+        return np.inf
     return rate / high if rate > high else rate / low if rate < low else 1.0
 
 

@@ -82,8 +82,8 @@ class Analysis:
 
         λ is the largest curvature that the optimizer's alternating steps meet, p = (N − B)/(B(N − 1)), and q is what
         the scatter of the examples' curvatures adds; see `DerivedRates`. None is the full batch. An estimate, within
-        `bracket`. NaN for an optimizer that takes signs, whose
-        steps do not shrink with the gradient, so that it stays at a distance in proportion to any rate.
+        `bracket`. NaN for an optimizer that takes signs: its steps do not shrink with the gradient, so that it stays at
+        a distance in proportion to any rate.
 
         Raises:
           ValueError: B is none of those between the least and the largest looked at.
@@ -118,10 +118,11 @@ class Analysis:
 
     def rate_error(self, batch_size: int | None) -> Array:
         """The standard error of `rate`, over the random directions and the examples used."""
-        return self._at(self.derived.rate_error, batch_size)
+        relative = jnp.asarray(self.derived.rate_error) / self.derived.rate
+        return self._at(relative, batch_size, logs=False) * self.rate(batch_size)
 
-    def _at(self, values: Array, batch_size: int | None) -> Array:
-        """Interpolated in log B."""
+    def _at(self, values: Array, batch_size: int | None, *, logs: bool = True) -> Array:
+        """Interpolated in log B, by the values' logarithms or by themselves."""
         sizes = self.batch_sizes
         size = self.num_examples if batch_size is None else check_batch_size(batch_size, self.num_examples)
         if not sizes[0] <= size <= sizes[-1]:
@@ -131,7 +132,8 @@ class Analysis:
             )
         if size in sizes:
             return jnp.asarray(values)[sizes.index(size)]
-        return jnp.exp(jnp.interp(jnp.log(size), jnp.log(jnp.array(sizes)), jnp.log(jnp.asarray(values))))
+        at = lambda of: jnp.interp(jnp.log(size), jnp.log(jnp.array(sizes)), of)
+        return jnp.exp(at(jnp.log(jnp.asarray(values)))) if logs else at(jnp.asarray(values))
 
     def schedule(self, batch_size: int | None, num_steps: int) -> optax.Schedule:
         """A schedule for a run of so many steps: from `rate` down to 0 in a straight line.
@@ -169,7 +171,7 @@ class Analysis:
         if not np.isfinite(self.derived.probe_losses[0]):
             return f"{begins}half of the limit of stability in this state, {later:.3g}"
         limit = float(self.limit(batch_size))
-        of_what = "the limit of its steps as noise smooths them" if np.isnan(limit) else "the limit of stability"
+        of_what = "the limit of its steps as noise smooths them" if self.derived.signs else "the limit of stability"
         words = (
             f"{begins}midway between the best single step here, "
             f"{greedy:.3g}, and half of {of_what} where a short run leads, {later:.3g}"
@@ -181,7 +183,8 @@ class Analysis:
     def is_stable(self, rate: float, batch_size: int | None = None) -> str:
         """Whether training at a constant rate is stable here: "yes", "no" or "not resolved", by `bracket`.
 
-        For gradient descent on the full batch: yes below 2 over λ_max's upper bound, no above 2/λ_max.
+        For gradient descent on the full batch: yes below 2 over λ_max's upper bound, no above 2/λ_max. For an optimizer
+        that takes signs there is no limit, and the answer is always "not resolved".
 
         Raises:
           ValueError: the rate is not positive and finite, or B is none of those looked at.
@@ -231,16 +234,23 @@ class Analysis:
                 float(self.critical_batch_size),
                 f"± {float(self.critical_batch_size_error):.2g} at these params: larger ones buy little",
             ),
-            (
-                f"limit, B = {smallest}",
-                float(self.limit(smallest)),
-                f"here; the exact one is {self._within(smallest)}",
+            *(
+                []
+                if d.signs
+                else [
+                    (
+                        f"limit, B = {smallest}",
+                        float(self.limit(smallest)),
+                        f"here; the exact one is {self._within(smallest)}",
+                    )
+                ]
             ),
         ]
 
     def _limit_here(self, batch_size: int) -> str:
-        limit = float(self.limit(batch_size))
-        return "it takes signs, so there is no limit" if np.isnan(limit) else f"limit here {limit:.3g}"
+        if self.derived.signs:
+            return "it takes signs, so there is no limit"
+        return f"limit here {float(self.limit(batch_size)):.3g}"
 
     def _within(self, batch_size: int) -> str:
         low, high = (float(end) for end in self.bracket(batch_size))

@@ -41,6 +41,7 @@ class Point(NamedTuple):
       vector: v, from which the next search starts.
       response: √R for a gradient that alternates, and D.
       root: √R for one that stays.
+      trace: tr(R^½CR^½) by that, an estimate.
       num_gradients: the cost in gradients of the examples used; a product counts as three, a form, which goes
         forwards alone, as one and a half.
     """
@@ -55,6 +56,7 @@ class Point(NamedTuple):
     vector: ArrayTree
     response: Any
     root: ArrayTree
+    trace: Any
     num_gradients: Any
 
 
@@ -107,8 +109,11 @@ def _look(
     share = share * (1 - 1 / n)  # of the unbiased covariance
     squares = jax.tree.map(lambda m, v: jnp.maximum(m * m - excess * v, 0) + share * v, mean, variance)
     if opt_state is None:
+        # The mean of all examples is smaller than that of some by as much as they scatter.
+        shrunk = lambda m, v: jnp.sign(m) * jnp.sqrt(jnp.maximum(m * m - excess * v, 0))
+        means = jax.tree.map(shrunk, mean, variance) if signs else mean
         respond = settled_signs if signs else settled
-        steady, switching, decay = respond(make_optimizer, params, squares, mean)
+        steady, switching, decay = respond(make_optimizer, params, squares, means)
     else:
         steady, switching, decay = held_in(make_optimizer, params, opt_state)
     op, root = curvature(loss, params, data), jax.tree.map(jnp.sqrt, switching)
@@ -136,8 +141,8 @@ def _look(
     bent = jnp.abs(along.mean())
     spread = crossed.var(axis=0, ddof=1)
     size = jnp.abs(traces.mean())
-    scatter = spread.mean() / size
-    scatter_error = jnp.hypot(_error(spread) / size, scatter * _error(traces.mean(axis=0)) / size)
+    scatter = spread.mean() / jnp.where(size > 0, size, 1)
+    scatter_error = jnp.hypot(_error(spread), scatter * _error(traces.mean(axis=0))) / jnp.where(size > 0, size, 1)
     # Per unit of what alternates, noise meets what a steady gradient would: 1/(1 − β) against 1/(1 + β) for a momentum.
     ratios = jax.tree.map(lambda r, a: jnp.where(a > 0, r / jnp.where(a > 0, a, 1), 0), steady, switching)
     ratio = optax.tree.vdot(vector, times(ratios, vector))
@@ -153,6 +158,7 @@ def _look(
         vector=vector,
         response=(root, decay),
         root=half,
+        trace=size,
         num_gradients=3 * pairs.num_matvecs + 1.5 * rows.shape[1] + 3 + 2 * len(noises),
     )
 

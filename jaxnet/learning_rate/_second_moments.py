@@ -19,7 +19,7 @@ from jaxnet.curvature import Eigensolver, LinearOperator, Space
 from jaxnet.learning_rate._settled import Recursion
 
 # Examples that moments are followed over, those whose directions span them, and directions of each.
-FOLLOWED, _SPANNING, _RANK = 1024, 128, 2
+FOLLOWED, _SPANNING, _RANK = 512, 64, 4
 # Numbers that the spanning directions may hold, and the fewest examples worth the work.
 _HELD, _FEWEST = 2**26, 16
 # Octaves below the limit without noise in which the rate lies, steps of the search for it, and terms of an impulse's
@@ -27,6 +27,10 @@ _HELD, _FEWEST = 2**26, 16
 _OCTAVES, _STEPS, _DOUBLINGS = 16.0, 6, 18
 # The relative accuracy of the eigenvalue, and the least that is told from none.
 _TOLERANCE, _LEAST = 0.02, 2.0**-40
+
+# Near 1 an eigenvalue's power is sensitive to what an accelerator rounds off.
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def num_spanning(params: ArrayTree, num_examples: int) -> int:
@@ -49,12 +53,13 @@ def ends(
     key: Array,
     *,
     spanning: int,
-) -> tuple[Array, Array]:
-    """Two rates around the limit.
+) -> tuple[Array, Array, Array]:
+    """Two rates around the limit, and the trace of the mean of what is followed.
 
     The lower one is that of a few examples as if they were all: each then weighs more than it does, and the mean square
     grows earlier. The higher one is of many examples, with M in the span of those few's directions: what grows
-    elsewhere is left out, so that it is seen to grow too late.
+    elsewhere is left out, so that it is seen to grow too late. Of each example the four sharpest
+    directions are taken, so that these are no bounds where its matrix has a higher rank.
 
     Args:
       loss: of `mean_loss`.
@@ -80,8 +85,10 @@ def ends(
         # The mean of few examples has some of the noise's part already.
         kept = jnp.maximum((share - (1 / size - 1 / n)) / (1 - (1 / size - 1 / n)), 0)
         noisy, still = _inverse_limits(of, recursion, kept)
-        found.append(2 / (largest + noisy - still))
-    return found[0], found[1]
+        # What the mean has beyond these examples and directions counts in full, or in the share 1 − p in which the mean
+        # of a batch is that of all.
+        found += [2 / (noisy + part * (largest - still)) for part in (1.0, 1 - share)]
+    return jnp.stack(found).min(), jnp.stack(found).max(), jnp.square(rows).sum() / spanning
 
 
 def _inverse_root(values: Array) -> Array:
@@ -162,9 +169,10 @@ def _noise_met(operands: tuple[Array, Array, Array], m: Array) -> Array:
     blocks, values, root = operands
     size, rank, r = blocks.shape
     moment = root * m
-    inner = jnp.einsum("ncr,ndr->ncd", (blocks.reshape(-1, r) @ moment).reshape(size, rank, r), blocks)
-    scattered = (inner @ blocks).reshape(-1, r)
-    return root * (blocks.reshape(-1, r).T @ scattered / size - values[:, None] * moment * values[None, :])
+    rows = blocks.reshape(-1, r)
+    inner = _einsum("ncr,ndr->ncd", _matmul(rows, moment).reshape(size, rank, r), blocks)
+    scattered = _matmul(inner, blocks).reshape(-1, r)
+    return root * (_matmul(rows.T, scattered) / size - values[:, None] * moment * values[None, :])
 
 
 def _gains(values: Array, rate: Array, recursion: Recursion) -> Array:
@@ -181,7 +189,7 @@ def _gains(values: Array, rate: Array, recursion: Recursion) -> Array:
 
     def double(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         total, powers = state
-        moved = jnp.einsum("kab,klbc,ldc->klad", powers, total, powers)
-        return total + moved, powers @ powers
+        moved = _einsum("kab,klbc,ldc->klad", powers, total, powers)
+        return total + moved, _matmul(powers, powers)
 
     return lax.fori_loop(0, _DOUBLINGS, double, (first.astype(values.dtype), step))[0][..., 0, 0]

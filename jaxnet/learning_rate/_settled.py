@@ -27,7 +27,7 @@ from jaxnet.learning_rate._response import (
 
 # Steps after which an average has settled, and before which a schedule is looked for at its height; a gradient that no
 # clip cuts.
-LONG, _SCHEDULED, _SMALL = 2**30, 2**20, 2.0**-40
+LONG, _SCHEDULED, SMALL = 2**30, 2**20, 2.0**-40
 
 
 def unit(make_optimizer: MakeOptimizer, grad: ArrayTree | None = None) -> tuple[Any, Update]:
@@ -130,7 +130,7 @@ def at_height(update: Update, state: Any, params: ArrayTree) -> Any:
     at = lambda count: by_role("schedules", lambda t: jnp.full_like(t, count), state)
     counts = jnp.append(0, 2 ** jnp.arange(_SCHEDULED.bit_length()))
     # By no weights, which decay would move, and within what a clip lets through.
-    one, none = filled(_SMALL, params), filled(0, params)
+    one, none = filled(SMALL, params), filled(0, params)
     height = lambda count: optax.tree.max(jax.tree.map(jnp.abs, update(one, at(count), none)[0]))
     return at(counts[lax.map(height, counts).argmax()])
 

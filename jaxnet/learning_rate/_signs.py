@@ -10,7 +10,7 @@ from jax.scipy.special import erf
 
 from jaxnet.contract import Array, ArrayTree, MakeOptimizer
 from jaxnet.learning_rate._response import Update, by_role, collect, filled, merged
-from jaxnet.learning_rate._settled import LONG, Response, at_height, unit
+from jaxnet.learning_rate._settled import LONG, SMALL, Response, at_height, unit
 
 # Halvings of an interval in which the momentum's weight beside the gradient's lies.
 _HALVINGS, _LARGEST = 60, 1e6
@@ -34,19 +34,29 @@ class _Step(NamedTuple):
 
 @jax.jit(static_argnums=0)
 def takes_sign(make_optimizer: MakeOptimizer, params: ArrayTree) -> Array:
-    """Whether a maker's update asks for nothing but the signs of gradients: whatever their sizes, it is the same."""
+    """Whether a maker's update asks for nothing but the signs of gradients, and remembers none of its own steps.
+
+    Whatever the sizes of gradients, below what a clip cuts too, and at the next step again, it is then the same; and
+    by no gradient it is in proportion to the params.
+    """
     update, held = _at_its_height(make_optimizer, params)
     sizes = optax.tree.random_like(jax.random.key(0), params, jax.random.uniform)
+    none = filled(0, params)
 
-    def stepped(scale: float) -> ArrayTree:
-        return update(jax.tree.map(lambda x: jnp.asarray(scale * (x + 0.1), x.dtype), sizes), held, filled(0, params))[
-            0
-        ]
+    def stepped(scale: float) -> tuple[ArrayTree, ArrayTree]:
+        gradient = jax.tree.map(lambda x: jnp.asarray(scale * (x + 0.1), x.dtype), sizes)
+        first, state = update(gradient, held, none)
+        # With a schedule where it was.
+        state = by_role("schedules", lambda _, before: before, state, held)
+        return first, update(gradient, state, none)[0]
 
-    small, large = stepped(1e-3), stepped(1.0)
-    even = jnp.stack([(x == x.ravel()[0]).all() for x in jax.tree.leaves(small) if x.size])
-    same = jnp.stack([(x == y).all() for x, y in zip(*map(jax.tree.leaves, (small, large)), strict=True)])
-    return even.all() & same.all() & (optax.tree.max(small) <= 0) & (optax.tree.min(small) < 0)
+    updates = [*stepped(SMALL), *stepped(1.0)]
+    even = jnp.stack([(x == x.ravel()[0]).all() for x in jax.tree.leaves(updates[0]) if x.size])
+    same = [(x == y).all() for u in updates[1:] for x, y in zip(*map(jax.tree.leaves, (updates[0], u)), strict=True)]
+    one, two = (update(none, held, filled(times, params))[0] for times in (1, 2))
+    decays = [jnp.allclose(2 * x, y) for x, y in zip(*map(jax.tree.leaves, (one, two)), strict=True)]
+    down = (optax.tree.max(updates[0]) <= 0) & (optax.tree.min(updates[0]) < 0)
+    return even.all() & jnp.stack(same).all() & jnp.stack(decays).all() & down
 
 
 def _at_its_height(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Update, Any]:
@@ -61,7 +71,8 @@ def settled_signs(make_optimizer: MakeOptimizer, params: ArrayTree, squares: Arr
     """What an optimizer that takes signs does on average, by gradients that are normal with the moments given.
 
     With κ its average's mean over the average's deviation, E[sign] = erf(κ/√2), so R = s erf(κ/√2)/ḡ: the statistical
-    linearisation, in which noise smooths the sign. Without noise R = s/|ḡ|.
+    linearisation, in which noise smooths the sign. Without noise R = s/|ḡ|. The smallest |ḡ| are rounding, and none is
+    taken for less than a thousandth of its root mean square.
 
     Args:
       make_optimizer: one that `takes_sign`, called with a rate of 1.
@@ -70,6 +81,8 @@ def settled_signs(make_optimizer: MakeOptimizer, params: ArrayTree, squares: Arr
       means: E[g].
     """
     step = _step(make_optimizer, params)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    least_mean = 1e-3 * optax.tree.norm(means) / count**0.5
 
     def gain(size: Array, resolution: Array, square: Array, mean: Array) -> Array:
         deviation = jnp.sqrt(jnp.maximum(square - mean * mean, 0))
@@ -79,7 +92,8 @@ def settled_signs(make_optimizer: MakeOptimizer, params: ArrayTree, squares: Arr
         smoothed = erf(mean * per_unit / jnp.sqrt(2.0)) / jnp.where(moved, mean, 1)
         # erf(x)/x by rounded x is lost where x is next to nothing.
         smoothed = jnp.where(jnp.abs(mean) * per_unit > 1e-3, smoothed, least)
-        return size * jnp.where(noisy, smoothed, jnp.where(moved, 1 / jnp.where(moved, jnp.abs(mean), 1), 0))
+        sharp = jnp.where(moved, 1 / jnp.maximum(jnp.abs(mean), jnp.where(moved, least_mean, 1)), 0)
+        return size * jnp.where(noisy, smoothed, sharp)
 
     steady = jax.tree.map(gain, step.size, step.resolution, squares, means)
     return Response(steady, jax.tree.map(jnp.multiply, steady, step.turned), step.decay)
@@ -114,6 +128,7 @@ def _step(make_optimizer: MakeOptimizer, params: ArrayTree) -> _Step:
     return _Step(
         size=optax.tree.scale(-1, down),
         resolution=ratio(steady, spread),
-        turned=ratio(alternating, steady),
+        # A momentum that outweighs the gradient answers an alternating one against it, which does not make it grow.
+        turned=jax.tree.map(lambda x: jnp.maximum(x, 0), ratio(alternating, steady)),
         decay=optax.tree.scale(-1, update(none, 0.0, filled(1, params))[0]),
     )

