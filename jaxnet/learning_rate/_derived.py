@@ -251,14 +251,12 @@ def _descend(task: _Task, rate: float, *, key: Array, budget: float) -> tuple[An
         return None, losses, 1, spent
     for tries in range(1, _TRIES + 1):
         affordable = int((budget - spent - 2 * task.used / task.n) * task.n / size)
-        if affordable < 1 < tries:
-            break
         steps = max(1, min(max(_STEPS, -(-task.n // size)), affordable))
         after, losses = _probe(task, rate / 4 ** (tries - 1), key=key, size=size, steps=steps)
         spent += (steps * size + 2 * task.used) / task.n
         if losses[1] < losses[0]:
             return after, losses, tries, spent
-    return None, losses, tries, spent
+    return None, losses, _TRIES, spent
 
 
 def _largest(task: _Task, points: list[Point], tol: float) -> np.ndarray:
