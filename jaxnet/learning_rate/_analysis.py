@@ -94,9 +94,10 @@ class Analysis:
         """Two rates around the limit here, as far as the examples used tell.
 
         By the second moments of the distance, followed over a few examples and over many: the lower rate takes the few
-        for all, so that each weighs too much, the higher one leaves out the directions that the few do not span. Where
-        these are not at hand, by the example of the largest curvature and by the sharpest direction: a wide bracket,
-        whose lower end needs Gauss–Newton matrices, so a loss of `mean_loss`, and is NaN for batches of any other.
+        for all, so that each weighs too much, the higher one leaves out the directions that the few do not span. Both
+        are estimates, with a margin found by trial, where an example's matrix has a rank above four. Where they are not
+        at hand, by the example of the largest curvature and by the sharpest direction: a wide bracket, whose lower end
+        needs Gauss–Newton matrices, so a loss of `mean_loss`, and is NaN for batches of any other.
 
         Raises:
           ValueError: as `limit`.
@@ -181,7 +182,7 @@ class Analysis:
         return words
 
     def is_stable(self, rate: float, batch_size: int | None = None) -> str:
-        """Whether training at a constant rate is stable here: "yes", "no" or "not resolved", by `bracket`.
+        """Whether training at a constant rate is stable here: "yes", "no" or "not resolved", as far as `bracket` holds.
 
         For gradient descent on the full batch: yes below 2 over λ_max's upper bound, no above 2/λ_max. For an optimizer
         that takes signs there is no limit, and the answer is always "not resolved".
@@ -212,6 +213,7 @@ class Analysis:
             )
             for size in d.batch_sizes
         ]
+        bracketed = [] if d.signs else [(f"limit, B = {smallest}", float(self.limit(smallest)), self._within(smallest))]
         return [
             *recommended,
             (
@@ -234,17 +236,7 @@ class Analysis:
                 float(self.critical_batch_size),
                 f"± {float(self.critical_batch_size_error):.2g} at these params: larger ones buy little",
             ),
-            *(
-                []
-                if d.signs
-                else [
-                    (
-                        f"limit, B = {smallest}",
-                        float(self.limit(smallest)),
-                        f"here; the exact one is {self._within(smallest)}",
-                    )
-                ]
-            ),
+            *bracketed,
         ]
 
     def _limit_here(self, batch_size: int) -> str:
@@ -254,7 +246,7 @@ class Analysis:
 
     def _within(self, batch_size: int) -> str:
         low, high = (float(end) for end in self.bracket(batch_size))
-        return f"between {low:.3g} and {high:.3g}" if np.isfinite(low) else f"at most {high:.3g}"
+        return f"here; between {low:.3g} and {high:.3g}" if np.isfinite(low) else f"here; at most {high:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as names and numbers."""

@@ -148,23 +148,7 @@ def derive(
     task = _Task(loss, params, data, n, make_optimizer, batch_sizes, signs, sample, used, look_key)
     here = task.points(params, opt_state)
     standing = _standing(task, here, tol, second_moments)
-    if opt_state is None:
-        going = _after_a_run(task, here, probe_key)
-    else:
-        # Under way the best single step falls as the gradient does, and says nothing of a run: the limit alone counts.
-        greedy, greedy_error = greedy_of(here)
-        limit, error = standing["limit"], limits(here)[1]
-        going = {
-            "rate": limit / 2,
-            "rate_error": error / 2,
-            "greedy": greedy,
-            "greedy_error": greedy_error,
-            "later_limit": limit,
-            "later_limit_error": error,
-            "probe_rate": np.nan,
-            "probe_losses": np.full(2, np.nan),
-            "num_gradients": task.spent(here),
-        }
+    going = _after_a_run(task, here, probe_key) if opt_state is None else _under_way(task, here, standing["limit"])
     arrays = {name: jnp.asarray(values) for name, values in (standing | going).items()}
     return DerivedRates(**arrays, batch_sizes=batch_sizes, probe_batch_size=batch_sizes[task.middle], signs=signs)
 
@@ -213,6 +197,26 @@ def _by_second_moments(task: _Task, here: list[Point], largest: np.ndarray) -> I
         later, earlier, followed = map(float, found)
         margin = _MARGIN * max(1, float(point.trace) / followed) ** _POWER
         yield later / margin, earlier * margin
+
+
+def _under_way(task: _Task, here: list[Point], limit: np.ndarray) -> dict[str, Any]:
+    """The rate in a state of the optimizer: half of the limit.
+
+    The best single step falls there as the gradient does, and says nothing of a run.
+    """
+    greedy, greedy_error = greedy_of(here)
+    error = limits(here)[1]
+    return {
+        "rate": limit / 2,
+        "rate_error": error / 2,
+        "greedy": greedy,
+        "greedy_error": greedy_error,
+        "later_limit": limit,
+        "later_limit_error": error,
+        "probe_rate": np.nan,
+        "probe_losses": np.full(2, np.nan),
+        "num_gradients": task.spent(here),
+    }
 
 
 def _after_a_run(task: _Task, here: list[Point], key: Array) -> dict[str, Any]:

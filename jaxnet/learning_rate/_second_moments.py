@@ -58,8 +58,8 @@ def ends(
 
     The lower one is that of a few examples as if they were all: each then weighs more than it does, and the mean square
     grows earlier. The higher one is of many examples, with M in the span of those few's directions: what grows
-    elsewhere is left out, so that it is seen to grow too late. Of each example the four sharpest
-    directions are taken, so that these are no bounds where its matrix has a higher rank.
+    elsewhere is left out, so that it is seen to grow too late. Of each example the four sharpest directions are taken,
+    so that these are estimates and no bounds where its matrix has a higher rank.
 
     Args:
       loss: of `mean_loss`.

@@ -27,7 +27,7 @@ from jaxnet.learning_rate._response import (
 
 # Steps after which an average has settled, and before which a schedule is looked for at its height; a gradient that no
 # clip cuts.
-LONG, _SCHEDULED, SMALL = 2**30, 2**20, 2.0**-40
+_LONG, _SCHEDULED, SMALL = 2**30, 2**20, 2.0**-40
 
 
 def unit(make_optimizer: MakeOptimizer, grad: ArrayTree | None = None) -> tuple[Any, Update]:
@@ -35,6 +35,12 @@ def unit(make_optimizer: MakeOptimizer, grad: ArrayTree | None = None) -> tuple[
     optimizer = optax.with_extra_args_support(make_optimizer(1.0))
     told = lambda g: g if grad is None else grad
     return optimizer, lambda g, state, p: optimizer.update(g, state, p, value=jnp.zeros(()), grad=told(g))
+
+
+def after_long(optimizer: Any, params: ArrayTree) -> Any:
+    """A state in which averages are corrected for good, of second moments of 1."""
+    state = by_role("counts", lambda t: jnp.full_like(t, _LONG), optimizer.init(params))
+    return by_role("squares", lambda x: filled(1, x), state)
 
 
 class Response(NamedTuple):
@@ -70,8 +76,7 @@ def recursion(make_optimizer: MakeOptimizer, params: ArrayTree) -> Recursion | N
 def _recursions(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Recursion, Recursion]:
     """The least and the largest of each number, over the params that are trained."""
     optimizer, update = unit(make_optimizer, filled(0, params))
-    state = by_role("counts", lambda t: jnp.full_like(t, LONG), optimizer.init(params))
-    held = at_height(update, by_role("squares", lambda x: filled(1, x), state), params)
+    held = at_height(update, after_long(optimizer, params), params)
     linear = linearise(update, held, params)
     none = filled(0, params)
     (now, fed), (remembered, kept) = linear(1, 0, 0), linear(0, 1, 0)
@@ -100,7 +105,7 @@ def settled(make_optimizer: MakeOptimizer, params: ArrayTree, squares: ArrayTree
     """
     optimizer, update = unit(make_optimizer, means)
     fresh = optimizer.init(params)
-    state = by_role("counts", lambda t: jnp.full_like(t, LONG), fresh)
+    state = by_role("counts", lambda t: jnp.full_like(t, _LONG), fresh)
     averages = by_role("means", lambda x: _placed(x, means), by_role("squares", lambda x: _placed(x, squares), state))
     held = at_height(update, frozen(update, state, averages, params), params)
     parts = _parts(linearise(update, held, params))
@@ -143,9 +148,7 @@ def at_constant_rate(make_optimizer: MakeOptimizer, rate: Array) -> optax.Gradie
     optimizer, response = unit(make_optimizer)
 
     def init(params: ArrayTree) -> Any:
-        held = by_role("counts", lambda t: jnp.full_like(t, LONG), optimizer.init(params))
-        held = by_role("squares", lambda x: filled(1, x), held)
-        found = iter(collect("schedules", at_height(response, held, params)))
+        found = iter(collect("schedules", at_height(response, after_long(optimizer, params), params)))
         return by_role("schedules", lambda _: next(found), optimizer.init(params))
 
     def update(updates: ArrayTree, state: Any, params: ArrayTree | None = None, **others: Any) -> tuple[ArrayTree, Any]:
@@ -209,8 +212,7 @@ def _tried(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Array, Arr
         settled(make_optimizer, params, filled(square, params), zeros).steady for square in (2.0**40, 2.0**42)
     )
     optimizer, update = unit(make_optimizer, zeros)
-    state = by_role("counts", lambda t: jnp.full_like(t, LONG), optimizer.init(params))
-    state = by_role("squares", lambda x: filled(1, x), state)
+    state = after_long(optimizer, params)
     # Of length 1/1000: below what a clip cuts, above what a norm is kept from.
     length = optax.tree.norm(filled(1, params))
     nonlinear = nonlinearity(update, state, params, optax.tree.scale(1e-3 / length, filled(1, params)))

@@ -10,7 +10,7 @@ from jax.scipy.special import erf
 
 from jaxnet.contract import Array, ArrayTree, MakeOptimizer
 from jaxnet.learning_rate._response import Update, by_role, collect, filled, merged
-from jaxnet.learning_rate._settled import LONG, SMALL, Response, at_height, unit
+from jaxnet.learning_rate._settled import SMALL, Response, after_long, at_height, unit
 
 # Halvings of an interval in which the momentum's weight beside the gradient's lies.
 _HALVINGS, _LARGEST = 60, 1e6
@@ -62,9 +62,7 @@ def takes_sign(make_optimizer: MakeOptimizer, params: ArrayTree) -> Array:
 def _at_its_height(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Update, Any]:
     """The update for a rate of 1, and its state after long, at the height of its schedule."""
     optimizer, update = unit(make_optimizer)
-    state = by_role("counts", lambda t: jnp.full_like(t, LONG), optimizer.init(params))
-    state = by_role("squares", lambda x: filled(1, x), state)
-    return update, at_height(update, state, params)
+    return update, at_height(update, after_long(optimizer, params), params)
 
 
 def settled_signs(make_optimizer: MakeOptimizer, params: ArrayTree, squares: ArrayTree, means: ArrayTree) -> Response:

@@ -113,6 +113,7 @@ def test_the_limit_of_a_quadratic_lies_in_its_bracket(momentum, x64):
         assert low <= limit * (1 + 1e-6)
         assert limit <= high * (1 + 0.02)
         assert high / low < 1.5
+        assert 0.3 < limit / float(found.limit(size)) < 1.2
     np.testing.assert_allclose(exact[-1], float(found.limit(100)), rtol=1e-3)
 
 
