@@ -256,7 +256,7 @@ def panels():
     return [
         Panel(
             name="profile",
-            title="AdamW's cases at a constant rate: how soon each method reaches the tuned run's loss",
+            title="AdamW's cases, constant rate: how soon each method reaches the tuned loss",
             xlabel="epochs / the tuned run's",
             ylabel="share of runs",
             series=[
