@@ -47,8 +47,8 @@ def of_analysis(found: Analysis) -> list[Panel]:
     sizes = found.batch_sizes
     along = lambda value: [float(value(size)) for size in sizes]
     series = [
-        Series("highest that can be stable here", sizes, along(lambda b: found.bracket(b)[1]), "dashed", 1),
         Series("limit of stability here", sizes, along(found.limit), "line", 1),
+        Series("the upper end of its bracket", sizes, along(lambda b: found.bracket(b)[1]), "dashed", 1),
         Series("rate to train at", sizes, along(found.rate), "line-points", 0),
         Series("best single step here", sizes, list(map(float, found.derived.greedy)), "dashed", 2),
     ]
