@@ -85,8 +85,9 @@ def spectral_density(op: LinearOperator, *, key: Array, num_probes: int = 8, num
 @functools.partial(jax.jit, static_argnames="steps")
 def _quadrature(op: LinearOperator, keys: Array, steps: int) -> tuple[Array, Array]:
     def probe(key: Array) -> tuple[Array, Array]:
-        state = _lanczos.init(op.space.random(key), steps)
-        state = lax.fori_loop(0, steps, lambda _, state: _lanczos.step(op, state), state)
+        flat = lambda v: op.space.ravel(op @ op.space.unravel(v))
+        state = _lanczos.init(op.space.ravel(op.space.random(key)), steps)
+        state = lax.fori_loop(0, steps, lambda _, state: _lanczos.step(flat, state), state)
         # After a breakdown T has no entry between its blocks: the later nodes have weight 0 by themselves.
         found = _lanczos.ritz(state)
         return found.values, found.coefficients[0] ** 2

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxnet import contract
-from jaxnet.contract import ArrayTree, Loss
-from jaxnet.curvature._operators import LinearOperator, over_examples
+from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.curvature._operators import LinearOperator, Space, over_examples
 
 
 def hessian(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
@@ -38,7 +39,14 @@ class _HessianProduct:
     def __call__(self, batch: ArrayTree, params: ArrayTree, v: ArrayTree) -> ArrayTree:
         contract.check(self.loss, params, batch)
         tangent = jax.tree.map(lambda p, t: jnp.asarray(t, jnp.result_type(p)), params, v)
-        # At params that are not finite there is no curvature, also where the product does not read them.
-        finite = jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]).all()
-        tangent = jax.tree.map(lambda t: jnp.where(finite, t, jnp.nan), tangent)
-        return jax.jvp(lambda p: jax.grad(self.loss)(p, batch), (params,), (tangent,))[1]
+        # At params that are not finite there is no curvature, also where the product does not read them; nor where the
+        # loss is not, whatever its derivatives say.
+        finite = jnp.stack([jnp.isfinite(p).all() for p in Space.of(params).ravel(params)]).all()
+
+        def known(p: ArrayTree) -> Array:
+            value = self.loss(p, batch)
+            holds = finite & jnp.isfinite(lax.stop_gradient(value))
+            return value * jnp.where(holds, 1, jnp.nan).astype(value.dtype)
+
+        gradient = jax.grad(known)
+        return jax.jvp(gradient, (params,), (tangent,))[1]

@@ -24,11 +24,13 @@ class Space:
       structure: of the pytree.
       shapes: of its leaves.
       dtypes: of its leaves.
+      apart: whether a leaf lies in parts on several devices.
     """
 
     structure: Any
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[np.dtype, ...]
+    apart: bool = False
 
     @classmethod
     def of(cls, tree: ArrayTree) -> "Space":
@@ -39,7 +41,9 @@ class Space:
         """
         contract.check_params(tree)
         leaves, structure = jax.tree.flatten(tree)
-        return cls(structure, tuple(map(jnp.shape, leaves)), tuple(map(jnp.result_type, leaves)))
+        return cls(
+            structure, tuple(map(jnp.shape, leaves)), tuple(map(jnp.result_type, leaves)), any(map(_apart, leaves))
+        )
 
     @property
     def sizes(self) -> list[int]:
@@ -65,19 +69,52 @@ class Space:
         leaves = [jnp.zeros(shape, dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
         return jax.tree.unflatten(self.structure, leaves)
 
+    def ravel(self, tree: ArrayTree) -> tuple[Array, ...]:
+        """The same vector as one flat array a dtype, or its leaves as they are where one lies apart.
+
+        What works on a flat array is compiled once and not once a leaf; but leaves of other shardings cannot be joined
+        without moving them.
+        """
+        leaves = jax.tree.leaves(tree)
+        if self.apart:
+            return tuple(leaves)
+        return tuple(jnp.concatenate([leaves[i].reshape(-1) for i in places]) for places in self._alike)
+
+    def unravel(self, flat: tuple[Array, ...]) -> ArrayTree:
+        """The pytree of such arrays."""
+        if self.apart:
+            return jax.tree.unflatten(self.structure, flat)
+        leaves: list[Any] = [None] * len(self.shapes)
+        for joined, places in zip(flat, self._alike, strict=True):
+            ends = np.cumsum([self.sizes[i] for i in places])
+            for i, end in zip(places, ends, strict=True):
+                leaves[i] = joined[end - self.sizes[i] : end].reshape(self.shapes[i])
+        return jax.tree.unflatten(self.structure, leaves)
+
+    @property
+    def _alike(self) -> list[list[int]]:
+        """The leaves of each dtype, by their positions."""
+        return [[i for i, d in enumerate(self.dtypes) if d == dtype] for dtype in dict.fromkeys(self.dtypes)]
+
     def random(self, key: Array) -> ArrayTree:
         """A standard normal vector."""
-        # One draw for all leaves: XLA takes longer to compile a generator than to run it. Each leaf is made normal by
-        # itself, which fuses with what reads it: the flat vector and the leaves are not held side by side.
+        # One draw for all leaves: XLA takes longer to compile a generator than to run it.
         dtype = jnp.promote_types(jnp.result_type(*self.dtypes), jnp.float32)
         uniform = jax.random.uniform(key, (self.size,), dtype, np.nextafter(np.array(-1, dtype), dtype.type(0)), 1)
+        normal = 2**0.5 * jax.lax.erf_inv(uniform)
         ends = np.cumsum(self.sizes)
-        normal = lambda end, size: 2**0.5 * jax.lax.erf_inv(uniform[end - size : end])
         leaves = [
-            normal(*place).reshape(shape).astype(dtype)
-            for *place, shape, dtype in zip(ends, self.sizes, self.shapes, self.dtypes, strict=True)
+            normal[end - size : end].reshape(shape).astype(dtype)
+            for end, size, shape, dtype in zip(ends, self.sizes, self.shapes, self.dtypes, strict=True)
         ]
         return jax.tree.unflatten(self.structure, leaves)
+
+
+def _apart(x: Any) -> bool:
+    if isinstance(x, jax.core.Tracer):
+        # Of an explicit axis the type tells; of others only the compiler knows.
+        return any(axis is not None for axis in jax.typeof(x).sharding.spec)
+    return isinstance(x, jax.Array) and not x.sharding.is_fully_replicated
 
 
 @jax.tree_util.register_dataclass
@@ -183,7 +220,7 @@ def restrict(op: LinearOperator, mask: ArrayTree) -> LinearOperator:
         raise ValueError("mask: expected at least one leaf that is kept")
     only = lambda entries: tuple(entry for entry, keep in zip(entries, kept, strict=True) if keep)
     left = jax.tree.unflatten(op.space.structure, [0 if keep else None for keep in kept])
-    space = Space(jax.tree.structure(left), only(op.space.shapes), only(op.space.dtypes))
+    space = Space(jax.tree.structure(left), only(op.space.shapes), only(op.space.dtypes), op.space.apart)
     return LinearOperator(_Restricted(tuple(kept)), space, op)
 
 

@@ -174,25 +174,29 @@ class Eigensolver:
           ValueError: the operator is not the same matrix twice, because its loss is random.
         """
         check_deterministic(op)
+        flat = self.space.ravel(start)
         if isinstance(op.product, OverExamples):
             # At params that are not finite there is nothing to find: the start says so. Besides, XLA then holds a
             # vector less at the peak, since it makes the start in the place where it is read.
-            start = jax.tree.map(lambda x, p: x + 0 * p, start, op.operands[0])
+            flat = jax.tree.map(lambda x, p: x + 0 * p, flat, self.space.ravel(op.operands[0]))
         streamed = dataset.on_host(op)
         # The loop is not differentiated: an eigenvalue's derivative needs its vector only.
-        fixed, start = (op, start) if streamed else lax.stop_gradient((op, start))
+        fixed, flat = (op, flat) if streamed else lax.stop_gradient((op, flat))
         going_on, step = lambda state: ~self.done(state), lambda state: self.step(fixed, state, tol)
         room_left = lambda state: ~self.done(state) & ~self.full(state)
         fill = lambda state: self.restart(dataset.while_loop(room_left, step, state, data=op))
-        end = dataset.while_loop(going_on, fill, self.init(start), data=op)
+        end = dataset.while_loop(going_on, fill, self._begin(flat), data=op)
         pairs = self.result(end)
         if streamed:
             return pairs, end
         return dataclasses.replace(pairs, values=_values_of(op, pairs.values, pairs.vectors)), end
 
-    @functools.partial(jax.jit, static_argnums=0)
     def init(self, start: ArrayTree) -> Search:
         """The state before the first step, from a start that is not zero."""
+        return self._begin(self.space.ravel(start))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _begin(self, start: tuple[Array, ...]) -> Search:
         state = _lanczos.init(start, self.basis)
         zero, dtype = jnp.zeros((), jnp.int32), state.projected.dtype
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(_lanczos.ritz, state))
@@ -210,11 +214,15 @@ class Eigensolver:
 
     def step(self, op: LinearOperator, search: Search, tol: Array | float) -> Search:
         """One product, and the verdict on the Ritz values that follow."""
-        return self._absorb(search, op @ _lanczos.current(search.lanczos), tol)
+        return self._absorb(search, op @ self._next(search), tol)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _next(self, search: Search) -> ArrayTree:
+        return self.space.unravel(_lanczos.current(search.lanczos))
 
     @functools.partial(jax.jit, static_argnums=0)
     def _absorb(self, search: Search, product: ArrayTree, tol: Array | float) -> Search:
-        state = _lanczos.extend(search.lanczos, product)
+        state = _lanczos.extend(search.lanczos, self.space.ravel(product))
         found = _lanczos.ritz(state)
         search = search._replace(
             lanczos=state,
@@ -256,7 +264,7 @@ class Eigensolver:
         values = jnp.where(filled, found.values[wanted], jnp.nan)
         return Eigenpairs(
             values=values,
-            vectors=jax.tree.map(lambda q: q[order], search.lanczos.basis),
+            vectors=jax.vmap(self.space.unravel)(jax.tree.map(lambda q: q[order], search.lanczos.basis)),
             residual_norms=jnp.where(filled, found.residual_norms[wanted], jnp.nan),
             num_matvecs=search.num_matvecs,
             converged=search.settled & filled.all() & jnp.isfinite(values).all(),

@@ -114,9 +114,6 @@ def _measure(
     pairs, end = solver.search(op, solver.start(key, v0), tol)
     params, data = op.operands
     value, vector = pairs.values[0], jax.tree.map(lambda x: x[0], pairs.vectors)
-    if not dataset.on_host(data):
-        # A loss that is not finite has no curvature, whatever its derivatives say.
-        value += 0 * lax.stop_gradient(loss(params, data)).astype(value.dtype)
     unknown = jnp.full_like(value, jnp.nan)
     bound = unknown if solver.warm else _bound.upper_bound(end.polynomials, lax.stop_gradient(value), target)
     return Sharpness(

@@ -1,0 +1,131 @@
+"""What a first call costs: compilation, in units of the first gradient's on the same network.
+
+N is 16, so that execution is nothing. Every first call starts with empty caches; CPU time, since XLA compiles on several
+threads. Programs are counted by JAX's own event, traces by a counter within the network.
+"""
+
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks.timing import Row
+from jaxnet import curvature, learning_rate, losses, nn, per_example
+
+N, REPEATS = 16, 3
+BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+WIDTH, VOCABULARY, LENGTH = 32, 64, 16
+COUNTS = {"programs": 0, "traces": 0}
+
+
+def transformer(layers):
+    network = nn.transformer(
+        VOCABULARY, features=WIDTH, num_heads=2, num_layers=layers, hidden=4 * WIDTH, max_length=LENGTH
+    )
+    x = jax.random.randint(jax.random.key(1), (N, LENGTH), 0, VOCABULARY)
+    return network, (x, jnp.roll(x, -1, axis=1))
+
+
+def lenet():
+    x = jax.random.normal(jax.random.key(1), (N, 28, 28, 1))
+    return nn.lenet(10), (x, jnp.arange(N) % 10)
+
+
+def resnet():
+    relu = nn.activation(jax.nn.relu)
+    norm = functools.partial(nn.group_norm, 4)
+    block = lambda: nn.residual(nn.serial(nn.conv(16, (3, 3)), norm(), relu, nn.conv(16, (3, 3)), norm()))
+    layers = [nn.conv(16, (3, 3)), norm(), relu]
+    for _ in range(3):
+        layers += [block(), relu]
+    network = nn.serial(*layers, nn.avg_pool((4, 4)), nn.flatten(), nn.dense(10))
+    x = jax.random.normal(jax.random.key(1), (N, 16, 16, 3))
+    return network, (x, jnp.arange(N) % 10)
+
+
+NETWORKS = {
+    "transformer, 2 layers": lambda: transformer(2),
+    "transformer, 4 layers": lambda: transformer(4),
+    "transformer, 8 layers": lambda: transformer(8),
+    "LeNet": lenet,
+    "residual, group norm": resnet,
+}
+
+
+def counted(apply):
+    """The network, counting its traces; a new function at each call, so that nothing of it is compiled yet."""
+
+    def traced(params, x):
+        COUNTS["traces"] += 1
+        return apply(params, x)
+
+    return traced
+
+
+CALLS = {
+    "gradient": (lambda loss, params, batch, key: jax.jit(jax.grad(loss))(params, batch), 1.0),
+    "one product": (lambda loss, params, batch, key: _product(loss, params, batch), 2.5),
+    "sharpness": (lambda loss, params, batch, key: curvature.sharpness(loss, params, batch, key=key), 3.5),
+    "eigsh, k = 5": (lambda loss, params, batch, key: curvature.eigsh(curvature.hessian(loss, params, batch), 5, key=key), 4),
+    "spectral_density": (
+        lambda loss, params, batch, key: curvature.spectral_density(curvature.hessian(loss, params, batch), key=key), 4,
+    ),
+    "tracker.init": (lambda loss, params, batch, key: curvature.track(loss, batch, key=key).init(params), 4),
+    "per-example norms": (lambda loss, params, batch, key: per_example.gradients(loss, params, batch).norms(), 2.5),
+    "variance": (lambda loss, params, batch, key: per_example.gradients(loss, params, batch).variance(), 2.5),
+    "weighted sum": (
+        lambda loss, params, batch, key: per_example.gradients(loss, params, batch).weighted_sum(jnp.ones(N)), 2.5,
+    ),
+    "analyse": (lambda loss, params, batch, key: learning_rate.analyse(loss, params, batch, key=key), 10),
+    "analyse, AdamW": (
+        lambda loss, params, batch, key: learning_rate.analyse(loss, params, batch, key=key, make_optimizer=optax.adamw), 10,
+    ),
+}  # fmt: skip
+
+
+@jax.jit(static_argnums=0)
+def _product(loss, params, batch):
+    return curvature.hessian(loss, params, batch) @ params
+
+
+def measure(call, network, batch):
+    """CPU seconds, programs and traces of the first call, and of a second one with new values."""
+    key = jax.random.key(0)
+    params, again = (network.init(k, batch[0].shape[1:]) for k in jax.random.split(key))
+    loss = losses.mean_loss(counted(network.apply), losses.softmax_cross_entropy)
+    found = []
+    jax.clear_caches()
+    for values in (params, again):
+        COUNTS.update(programs=0, traces=0)
+        start = time.process_time()
+        jax.block_until_ready(jax.tree.leaves(call(loss, values, batch, key)))
+        found.append({"seconds": time.process_time() - start, **COUNTS})
+    return found
+
+
+def run(only=None, networks=None):
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: COUNTS.update(programs=COUNTS["programs"] + (event == BACKEND_COMPILE))
+    )
+    rows = []
+    for name, make in NETWORKS.items():
+        if networks and name not in networks:
+            continue
+        network, batch = make()
+        measure(CALLS["gradient"][0], network, batch)
+        chosen = {what: call for what, call in CALLS.items() if what == "gradient" or only is None or what in only}
+        found = {what: [measure(call, network, batch) for _ in range(REPEATS)] for what, (call, _) in chosen.items()}
+        seconds = {what: statistics.median(first["seconds"] for first, _ in runs) for what, runs in found.items()}
+        for what, (_, bound) in chosen.items():
+            if what != "gradient":
+                first, second = found[what][0]
+                counts = f"{first['programs']} programs, {first['traces']} traces; then {second['programs']}, {second['traces']}"
+                rows.append(
+                    Row(f"{name}: {what} ({counts})", seconds[what] / seconds["gradient"], bound, False,
+                        {"gradient": seconds["gradient"], what: seconds[what]})
+                )  # fmt: skip
+                print(rows[-1], flush=True)
+    return rows
