@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxnet import dataset
-from jaxnet.contract import Array, ArrayTree, Loss, num_examples
+from jaxnet.contract import Array, ArrayTree, Loss, check_mean, num_examples
 
 __all__ = [
     "ChunkedLoss",
     "MeanLoss",
     "accuracy",
+    "check_parts",
     "chunked",
     "mean_loss",
     "parts_of",
@@ -175,6 +176,7 @@ class ChunkedLoss:
         dataset.check_in_memory("chunked", batch, "a function that goes through one gives its loss batch by batch")
         if num_examples(batch) <= self.size:
             return self.loss(params, batch)  # one chunk: nothing to save by computing it twice
+        check_mean(self.loss, params, batch)
         # Rematerialised, so that the backward pass holds one chunk's intermediates and not all of them.
         one = jax.checkpoint(self.loss)
         return dataset.mean(lambda chunk, params: one(params, chunk), batch, params, size=self.size)
@@ -208,11 +210,24 @@ def chunked(loss: Loss, size: int) -> ChunkedLoss:
       A hashable loss.
 
     Raises:
-      ValueError: ``size`` is below 1.
+      ValueError: ``size`` is below 1. The loss itself raises a UserError, where it is called with values and is no mean
+        over independent examples; inside `jax.jit` and `jax.grad` nothing checks that.
     """
     if size < 1:
         raise ValueError(f"chunked: expected a size of 1 or more, got {size}")
     return ChunkedLoss(loss, size)
+
+
+def check_parts(loss: Loss, params: ArrayTree, data: Any) -> None:
+    """Raise where examples are taken apart, by chunks or by batches, of a loss that couples them.
+
+    Of values only, as by `jaxnet.per_example.check_independent`; of a batch taken whole nothing is asked.
+
+    Raises:
+      UserError: the loss is no mean over independent examples.
+    """
+    if dataset.on_host(data) or isinstance(loss, ChunkedLoss):
+        check_mean(loss.loss if isinstance(loss, ChunkedLoss) else loss, params, dataset.first(data))
 
 
 def accuracy(apply: Apply, params: ArrayTree, batch: Any) -> Array:

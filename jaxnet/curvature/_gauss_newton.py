@@ -46,7 +46,7 @@ def gauss_newton(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
       Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent", 2002, section 3.
     """
     losses.parts_of(loss)
-    return over_examples(_GaussNewtonProduct(loss), params, batch)
+    return over_examples(_GaussNewtonProduct(loss), loss, params, batch)
 
 
 def _draw_softmax(key: Array, outputs: Array, targets: Array) -> Array:

@@ -29,7 +29,7 @@ def hessian(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
     Reference:
       Pearlmutter, "Fast Exact Multiplication by the Hessian", Neural Computation 1994, eq. 2.
     """
-    return over_examples(_HessianProduct(loss), params, batch)
+    return over_examples(_HessianProduct(loss), loss, params, batch)
 
 
 @dataclasses.dataclass(frozen=True)

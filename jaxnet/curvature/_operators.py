@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxnet import contract, dataset
-from jaxnet.contract import Array, ArrayTree
+from jaxnet import contract, dataset, losses
+from jaxnet.contract import Array, ArrayTree, Loss
 
 Product = Callable[[Any, Any], Any]
 
@@ -285,8 +285,10 @@ class OverExamples:
         return dataset.mean(self.of_batch, data, params, v)
 
 
-def over_examples(of_batch: Callable[[Any, Any, Any], Any], params: ArrayTree, batch: Any) -> LinearOperator:
-    """The operator of such a matrix, for one batch or a data set in batches.
+def over_examples(
+    of_batch: Callable[[Any, Any, Any], Any], loss: Loss, params: ArrayTree, batch: Any
+) -> LinearOperator:
+    """The operator of such a matrix of a loss, for one batch or a data set in batches.
 
     Raises:
       TypeError, ValueError: the arguments do not fit the contract.
@@ -295,6 +297,7 @@ def over_examples(of_batch: Callable[[Any, Any, Any], Any], params: ArrayTree, b
     batch = dataset.of(batch)
     if not dataset.on_host(batch):
         contract.num_examples(batch)
+    losses.check_parts(loss, params, batch)
     return LinearOperator(OverExamples(of_batch), space, (jax.tree.map(jnp.asarray, params), batch))
 
 

@@ -8,7 +8,7 @@ import optax
 
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature._operators import LinearOperator, Space
-from jaxnet.per_example import PerExampleGradients, gradients
+from jaxnet.per_example import PerExampleGradients, check_independent, gradients
 
 
 def empirical_fisher(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
@@ -20,11 +20,12 @@ def empirical_fisher(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperato
       batch: N examples, or a data set in batches, as for `hessian`.
 
     Raises:
-      TypeError, ValueError: the arguments do not fit the contract.
+      TypeError, ValueError: the arguments do not fit the contract, or the loss couples its examples.
 
     Reference:
       Kunstner, Balles & Hennig, "Limitations of the Empirical Fisher Approximation", NeurIPS 2019, eq. 3 (over N).
     """
+    check_independent(loss, params, batch)
     grads = gradients(loss, params, batch)
     return LinearOperator(_second_moment, Space.of(grads.params), (grads, grads.num_examples))
 
@@ -38,8 +39,9 @@ def gradient_covariance(loss: Loss, params: ArrayTree, batch: Any) -> LinearOper
       batch: N >= 2 examples, or a data set in batches, as for `hessian`.
 
     Raises:
-      TypeError, ValueError: the arguments do not fit the contract, or N is 1.
+      TypeError, ValueError: the arguments do not fit the contract, N is 1, or the loss couples its examples.
     """
+    check_independent(loss, params, batch)
     grads = gradients(loss, params, batch)
     n = grads.num_examples
     if n < 2:

@@ -331,6 +331,7 @@ def analyse(
         if structures[0] != structures[1]:
             raise ValueError("opt_state: expected the state of this maker's optimizer, got one of another structure")
     curvature_key, probe_key, derived_key = jax.random.split(key, 3)
+    check_independent(loss, params, batch, key=jax.random.fold_in(key, 0))
     sharp = sharpness(loss, params, batch, key=curvature_key, tol=tol, sampling_error=True)
     noise = noise_scale(loss, params, batch)
     value = float(sharp.value)
@@ -342,7 +343,6 @@ def analyse(
             f"loss: its largest Hessian eigenvalue is {value:.3g}, not positive, so no rate follows from it; "
             "is the loss flat or concave at these params?"
         )
-    check_independent(loss, params, batch)
     curvature = noisy_curvature(loss, params, batch, key=probe_key, num_probes=num_probes)
     derived = derive(
         loss, params, batch, make_optimizer, sizes, opt_state=opt_state, key=derived_key, tol=tol,

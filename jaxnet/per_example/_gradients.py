@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxnet import contract, dataset
+from jaxnet import contract, dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example import _taps
 from jaxnet.per_example._held import Factors, Held, described, hold
@@ -227,6 +227,7 @@ def gradients(loss: Loss, params: ArrayTree, batch: Any) -> PerExampleGradients:
     contract.check_params(params)
     params, batch = jax.tree.map(jnp.asarray, params), dataset.of(batch)
     if dataset.on_host(batch):
+        losses.check_parts(loss, params, batch)
         return PerExampleGradients(loss, params, batch, None)
     batch = jax.tree.map(jnp.asarray, batch)
     held = _chunk_size(loss, params, batch) is None

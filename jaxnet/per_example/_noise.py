@@ -12,6 +12,7 @@ from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example._gradients import gradients
 from jaxnet.per_example._held import Held
+from jaxnet.per_example._independent import check_independent
 
 
 @jax.tree_util.register_dataclass
@@ -51,10 +52,12 @@ def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
 
     Raises:
       ValueError: N is below 3, too few for a spread and its error.
+      UserError: the loss couples its examples; inside `jax.jit` nothing checks that.
 
     Reference:
       McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training", 2018, eqs. 2.9 and A.2.
     """
+    check_independent(loss, params, batch)
     return _noise_scale(loss, params, dataset.of(batch))
 
 

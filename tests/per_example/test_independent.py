@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxnet import losses, nn, per_example
+from jaxnet import curvature, learning_rate, losses, nn, per_example
 
 KEY = jax.random.key(0)
 
@@ -36,7 +36,54 @@ def test_coupled_examples_a_sum_and_a_vector_are_refused():
         per_example.check_independent(lambda p, b: len(b[1]) * loss(p, b), params, batch)
     # Equal in value, but not in its gradient.
     sneaky = lambda p, b: loss(p, b) + len(b[1]) * (p[0]["bias"].sum() - jax.lax.stop_gradient(p[0]["bias"].sum()))
-    with pytest.raises(ValueError, match="its gradient on 4 examples"):
+    with pytest.raises(ValueError, match="its gradient on 10 examples"):
         per_example.check_independent(sneaky, params, batch)
     with pytest.raises(ValueError, match="expected a real scalar"):
         per_example.check_independent(lambda p, b: b[0] @ p[0]["kernel"], params, batch)
+
+
+def test_a_weight_for_each_class_is_seen_where_examples_lie_sorted():
+    x, labels = jax.random.normal(KEY, (200, 4)), jnp.repeat(jnp.arange(2), 100)
+    model = nn.dense(2)
+    weights = jnp.array([1.0, 5.0])
+
+    def weighted(params, batch):
+        values = losses.softmax_cross_entropy(model.apply(params, batch[0]), batch[1])
+        w = weights[batch[1]]
+        return (w * values).sum() / w.sum()
+
+    params = model.init(KEY, (4,))
+    per_example.check_independent(weighted, params, (x[:100], labels[:100]))  # of one class it is a mean
+    for seed in range(10):
+        with pytest.raises(ValueError, match="on 32 examples it is"):
+            per_example.check_independent(weighted, params, (x, labels), key=jax.random.key(seed))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda loss, params, batch: per_example.noise_scale(loss, params, batch),
+        lambda loss, params, batch: curvature.empirical_fisher(loss, params, batch),
+        lambda loss, params, batch: curvature.gradient_covariance(loss, params, batch),
+        lambda loss, params, batch: losses.chunked(loss, 4)(params, batch),
+        lambda loss, params, batch: curvature.sharpness(losses.chunked(loss, 4), params, batch, key=KEY),
+        lambda loss, params, batch: curvature.gauss_newton(losses.chunked(loss, 4), params, batch),
+        lambda loss, params, batch: curvature.sharpness(loss, params, in_two(batch), key=KEY),
+        lambda loss, params, batch: curvature.hessian(loss, params, in_two(batch)),
+        lambda loss, params, batch: per_example.gradients(loss, params, in_two(batch)),
+        lambda loss, params, batch: learning_rate.analyse(loss, params, batch, key=KEY),
+    ],
+)
+def test_what_takes_examples_apart_refuses_a_loss_that_couples_them(call):
+    coupled, params, batch = problem(batch_normalised)
+    with pytest.raises(ValueError, match="are its examples coupled"):
+        call(coupled, params, batch)
+
+
+def in_two(batch):
+    return [jax.tree.map(lambda x: x[:5], batch), jax.tree.map(lambda x: x[5:], batch)]
+
+
+def test_a_batch_that_is_taken_whole_may_couple_its_examples():
+    coupled, params, batch = problem(batch_normalised)
+    assert curvature.sharpness(coupled, params, batch, key=KEY).converged
