@@ -1,6 +1,7 @@
 """Curvature without the network's own second derivatives: never indefinite where the criterion is convex."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -75,6 +76,8 @@ def fisher(loss: Loss, params: ArrayTree, batch: Any, *, key: Array) -> LinearOp
     """F = (1/N) Σ E[g_n g_nᵀ] over targets that the network itself predicts, estimated with one draw an example.
 
     Unbiased: averaged over keys it is the Fisher information, which for these criteria is the Gauss–Newton matrix.
+    Where the softmax criterion averages over T positions of an example, it is 1/T of a negative log-likelihood, and F,
+    in the loss's own scale, is T times that mean.
 
     Args:
       loss: a `jaxnet.losses.mean_loss` with one of the library's criteria, or one chunked.
@@ -98,7 +101,10 @@ def fisher(loss: Loss, params: ArrayTree, batch: Any, *, key: Array) -> LinearOp
     data = dataset.of(batch)
     outputs, targets = dataset.rows(_OutputsAndTargets(parts), data, params, size=size)
     drawn = _DRAW[parts.criterion](key, outputs, targets)
-    return empirical_fisher(_AtDrawnTargets(loss), params, dataset.with_rows(data, drawn))
+    found = empirical_fisher(_AtDrawnTargets(loss), params, dataset.with_rows(data, drawn))
+    # A mean over T positions is 1/T of a negative log-likelihood, and its gradients' squares 1/T² of that one's.
+    positions = math.prod(outputs.shape[1:-1]) if parts.criterion is losses.softmax_cross_entropy else 1
+    return found if positions == 1 else positions * found
 
 
 @dataclasses.dataclass(frozen=True)

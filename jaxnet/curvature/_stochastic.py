@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from jaxnet.contract import Array
+from jaxnet.curvature._lanczos import norm
 from jaxnet.curvature._operators import LinearOperator, check_one_batch, materialize
 
 # Products a probe.
@@ -65,15 +67,16 @@ def trace(op: LinearOperator, *, key: Array, num_matvecs: int = 60, method: str 
     n = _check("trace", op)
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    passes = METHODS[method]
-    if num_matvecs < 2 * passes:
-        raise ValueError(f"num_matvecs: expected {2 * passes} or more for {method}, got {num_matvecs}")
+    # One product tells the matrix's size, by which matfree's XTrace, which knows a rank by absolute sizes, wants it.
+    passes, first = METHODS[method], int(method == "xtrace")
+    if num_matvecs < 2 * passes + first:
+        raise ValueError(f"num_matvecs: expected {2 * passes + first} or more for {method}, got {num_matvecs}")
     if num_matvecs >= n:
         exact = jnp.trace(materialize(op))
         return Estimate(exact, jnp.zeros_like(exact), n)
-    probes = num_matvecs // passes
+    probes = (num_matvecs - first) // passes
     value, error = _estimate(op, key, method, probes)
-    return Estimate(value, error, passes * probes)
+    return Estimate(value, error, passes * probes + first)
 
 
 def diagonal(op: LinearOperator, *, key: Array, num_matvecs: int = 60) -> Estimate:
@@ -114,9 +117,11 @@ def _estimate(op: LinearOperator, key: Array, method: str, probes: int) -> tuple
     if method == "hutch++":
         return _hutch_plus_plus(op, key, probes)
     if method == "xtrace":
+        size = norm(op @ op.space.random(jax.random.fold_in(key, 0)))
+        size = jnp.where(size > 0, size, 1)
         sampler = stochtrace.sampler_normal(op.space.zeros(), num=probes)
         estimator = stochtrace.estimator_leave_one_out_mean_and_sem(stochtrace.leave_one_out_xtrace(), sampler)
-        return estimator(matvec, key, op)
+        return optax.tree.scale(size, estimator(matvec, key, (1 / size) * op))
     integrand = stochtrace.monte_carlo_trace() if method == "hutchinson" else stochtrace.monte_carlo_diagonal()
     sampler = stochtrace.sampler_signs(op.space.zeros(), num=probes)
     return stochtrace.estimator_monte_carlo_mean_and_sem(integrand, sampler)(matvec, key, op)

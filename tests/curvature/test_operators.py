@@ -143,6 +143,26 @@ def test_fisher_averages_to_gauss_newton(criterion, x64):
     assert (np.abs(draws.mean(axis=0) - expected) <= 5 * error + 1e-12).all()
 
 
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_fisher_of_sequences_averages_to_gauss_newton(one_hot, x64):
+    """A mean over positions is a share of a log-likelihood: by the trace, of which each draw's error is known."""
+    model = nn.dense(3)
+    params = model.init(jax.random.key(0), (2,))
+    inputs = jax.random.normal(jax.random.key(1), (64, 6, 2))
+    labels = jnp.arange(64 * 6).reshape(64, 6) % 3
+    targets = jax.nn.one_hot(labels, 3) if one_hot else labels
+    loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
+    one = lambda key: jnp.trace(curvature.materialize(curvature.fisher(loss, params, (inputs, targets), key=key)))
+    draws = np.asarray(jax.lax.map(one, jax.random.split(jax.random.key(2), 200)))
+    logits = model.apply(params, inputs).reshape(-1, 3)
+    p = np.asarray(jax.nn.softmax(logits))
+    x = np.concatenate([np.asarray(inputs).reshape(-1, 2), np.ones((384, 1))], axis=1)
+    expected = ((x**2).sum(axis=1) * (p * (1 - p)).sum(axis=1)).mean()
+    assert abs(draws.mean() - expected) <= 4 * draws.std() / 200**0.5
+    dense = curvature.materialize(curvature.gauss_newton(loss, params, (inputs, targets)))
+    np.testing.assert_allclose(jnp.trace(dense), expected, rtol=1e-9)
+
+
 def test_second_moments_of_gradients(mlp_problem):
     loss, params, batch = mlp_problem
     rows = rows_of(loss, params, batch)
