@@ -2,12 +2,16 @@
 
 The value is the mean over the batch's N examples of losses that do not see one another. Everything that
 takes a loss checks its arguments here, at trace time, so that a second call with new values costs nothing.
+
+A loss is a function of its two arguments alone. What else it reads, a global or an attribute of an object, is read when
+it is compiled and kept: a later change of that is not seen. What changes belongs into the params or the batch.
 """
 
 import dataclasses
+import functools
 import numbers
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import chex
 import jax
@@ -23,6 +27,8 @@ MakeOptimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
 """A function of the learning rate, such as `optax.sgd`."""
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 # Sets of examples on which a loss is tried, and how many there are in one.
 _DRAWS, _ROWS = 4, 32
 
@@ -33,6 +39,46 @@ class UserError(ValueError):
     The message says what was expected, what came, and the mend. The command line shows it in one line; any other error
     is a fault of the program, and shows its traceback.
     """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ByIdentity:
+    """A callable that cannot be hashed, such as a module that holds arrays: the same where it is the same object."""
+
+    call: Callable[..., Any]
+
+    @property
+    def _parts(self) -> tuple[int, ...]:
+        # A method is bound anew each time that it is read.
+        return tuple(id(getattr(self.call, name, self.call)) for name in ("__func__", "__self__"))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and self._parts == other._parts
+
+    def __hash__(self) -> int:
+        return hash(self._parts)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
+def hashable(call: Function) -> Function:
+    """The callable itself, or one like it that can be hashed: equal ones share one compilation."""
+    try:
+        hash(call)
+    except TypeError:
+        return cast(Function, _ByIdentity(call))
+    return call
+
+
+def takes_loss(function: Function) -> Function:
+    """Of a function of a loss and more: one that takes a loss which cannot be hashed, too."""
+
+    @functools.wraps(function)
+    def call(loss: Loss, *args: Any, **kwargs: Any) -> Any:
+        return function(hashable(loss), *args, **kwargs)
+
+    return cast(Function, call)
 
 
 class Progress(Protocol):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxnet import dataset
-from jaxnet.contract import Array, ArrayTree, Loss, check_mean, num_examples
+from jaxnet.contract import Array, ArrayTree, Loss, check_mean, hashable, num_examples, takes_loss
 
 __all__ = [
     "ChunkedLoss",
@@ -161,7 +161,7 @@ def mean_loss(apply: Apply, criterion: Criterion) -> MeanLoss:
     Returns:
       A frozen, hashable callable that keeps its two parts as ``.apply`` and ``.criterion``.
     """
-    return MeanLoss(apply, criterion)
+    return MeanLoss(hashable(apply), hashable(criterion))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +197,7 @@ def parts_of(loss: Loss) -> tuple[MeanLoss, int | None]:
     return inner, size
 
 
+@takes_loss
 def chunked(loss: Loss, size: int) -> ChunkedLoss:
     """The same loss, Σ_c (N_c/N) loss(params, chunk c), in the memory of one chunk.
 

@@ -1,7 +1,15 @@
+import dataclasses
+
+import chex
+import equinox as eqx
+import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
-from jaxnet import contract, curvature, per_example
+from jaxnet import contract, curvature, learning_rate, losses, per_example, training
+
+KEY = jax.random.key(0)
 
 GOOD = {"w": jnp.ones(3)}
 BATCH = (jnp.ones((4, 3)), jnp.ones(4))
@@ -52,3 +60,86 @@ def test_batches_that_do_not_fit(batch, words):
 def test_a_loss_that_is_no_real_scalar(bad):
     with pytest.raises(ValueError, match="loss: expected"):
         contract.check(bad, GOOD, BATCH)
+
+
+class Module(eqx.Module):
+    """A loss with an array of its own."""
+
+    scale: jax.Array
+
+    def __call__(self, params, batch):
+        return jnp.mean(self.scale * jnp.square(batch[0] @ params - batch[1])) / 2
+
+    def loss(self, params, batch):
+        return self(params, batch)
+
+
+@dataclasses.dataclass
+class Plain:
+    scale: jax.Array
+
+    def __call__(self, params, batch):
+        return Module.__call__(self, params, batch)
+
+
+CALLS = {
+    "sharpness": lambda loss, p, b: curvature.sharpness(loss, p, b, key=KEY).value,
+    "hessian": lambda loss, p, b: curvature.hessian(loss, p, b) @ p,
+    "empirical_fisher": lambda loss, p, b: curvature.empirical_fisher(loss, p, b) @ p,
+    "gradient_covariance": lambda loss, p, b: curvature.gradient_covariance(loss, p, b) @ p,
+    "track": lambda loss, p, b: curvature.track(loss, b, key=KEY).init(p).sharpness.value,
+    "gradients": lambda loss, p, b: per_example.gradients(loss, p, b).norms(),
+    "noise_scale": lambda loss, p, b: per_example.noise_scale(loss, p, b).value,
+    "chunked": lambda loss, p, b: curvature.sharpness(losses.chunked(loss, 3), p, b, key=KEY).value,
+    "greedy": lambda loss, p, b: learning_rate.greedy(loss, p, b),
+    "noisy_curvature": lambda loss, p, b: learning_rate.noisy_curvature(loss, p, b, key=KEY).along_noise,
+    "stability": lambda loss, p, b: learning_rate.stability(
+        loss, p, b, optax.sgd(0.1), optax.sgd(0.1).init(p), key=KEY
+    ).limit,
+    "measure_stability": lambda loss, p, b: learning_rate.measure_stability(
+        loss, p, b, optax.sgd, rates=[0.5, 1.0, 2.0, 4.0], key=KEY
+    ).limits,
+    "fit": lambda loss, p, b: training.fit(
+        loss, p, b, optax.sgd, learning_rate=0.1, batch_size=4, num_epochs=2, key=KEY
+    ).state.params,
+    "sweep": lambda loss, p, b: training.sweep(
+        loss, p, b, optax.sgd, learning_rates=[0.1], batch_size=None, num_epochs=2, key=KEY
+    )[0].state.params,
+    "range_test": lambda loss, p, b: learning_rate.range_test(
+        loss, p, b, optax.sgd, learning_rates=jnp.geomspace(0.01, 1, 20), batch_size=None, key=KEY
+    ).smoothed,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_losses_that_cannot_be_hashed_are_taken_and_compile_once(name):
+    """A module with arrays, a plain dataclass, and a module's method, against the function."""
+    scale = jnp.array(0.7)
+    params, batch = jnp.array([0.5, -0.2]), (jax.random.normal(KEY, (8, 2)), jnp.linspace(-1, 1, 8))
+    expected = CALLS[name](lambda p, b: Module.__call__(Plain(scale), p, b), params, batch)
+    module = Module(scale)
+    for loss in (module, Plain(scale), module.loss):
+        chex.assert_trees_all_close(CALLS[name](loss, params, batch), expected, rtol=1e-5)
+
+
+def test_a_method_of_one_object_is_compiled_once():
+    traces = []
+
+    class Counted(Plain):
+        def loss(self, params, batch):
+            traces.append(None)
+            return self(params, batch)
+
+    counted = Counted(jnp.array(0.7))
+    batch = (jax.random.normal(KEY, (8, 2)), jnp.linspace(-1, 1, 8))
+    for params in (jnp.array([0.5, -0.2]), jnp.array([0.1, 0.3])):
+        before = len(traces)
+        norms = per_example.gradients(counted.loss, params, batch).norms()
+        assert norms.shape == (8,)
+    again = len(traces) - before
+    assert before > 0
+    curvature.sharpness(counted.loss, params, batch, key=KEY)
+    before = len(traces)
+    curvature.sharpness(counted.loss, params + 1, batch, key=KEY)
+    assert len(traces) == before
+    assert again <= 1

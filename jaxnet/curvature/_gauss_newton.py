@@ -31,6 +31,7 @@ class _GaussNewtonProduct:
         return dataset.mean(of_chunk, batch, size=size)
 
 
+@contract.takes_loss
 def gauss_newton(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
     """G = (1/N) Σ J_nᵀ (∂²ℓ_n/∂o∂o′) J_n, with the network's Jacobian J_n and the criterion ℓ_n of its output o.
 
@@ -72,6 +73,7 @@ _DRAW = {
 }
 
 
+@contract.takes_loss
 def fisher(loss: Loss, params: ArrayTree, batch: Any, *, key: Array) -> LinearOperator:
     """F = (1/N) Σ E[g_n g_nᵀ] over targets that the network itself predicts, estimated with one draw an example.
 

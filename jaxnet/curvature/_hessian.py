@@ -12,6 +12,7 @@ from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature._operators import LinearOperator, Space, over_examples
 
 
+@contract.takes_loss
 def hessian(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
     """H = ∂²E/∂ω∂ω′ of the loss E at ``params``, by forward over reverse differentiation.
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnet import dataset
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import _lanczos
 from jaxnet.curvature._operators import Space
@@ -19,6 +19,7 @@ class OnlineSharpness(NamedTuple):
     update: Callable[[ArrayTree, ArrayTree, ArrayTree], tuple[ArrayTree, Array]]
 
 
+@contract.takes_loss
 def online_sharpness(loss: Loss, *, gamma: float = 0.03, alpha: float = 0.01) -> OnlineSharpness:
     """Ψ ← (1 − γ)Ψ + (γ/α)(∇E_p(ω + αΨ/‖Ψ‖) − ∇E_p(ω)), a running mean over batches p; λ_max ≈ ‖Ψ‖.
 

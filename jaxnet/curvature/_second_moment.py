@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature._operators import LinearOperator, Space
 from jaxnet.per_example import PerExampleGradients, check_independent, gradients
 
 
+@contract.takes_loss
 def empirical_fisher(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
     """(1/N) Σ g_n g_nᵀ, with the gradients g_n of the examples' own losses at their own targets.
 
@@ -30,6 +32,7 @@ def empirical_fisher(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperato
     return LinearOperator(_second_moment, Space.of(grads.params), (grads, grads.num_examples))
 
 
+@contract.takes_loss
 def gradient_covariance(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
     """Σ = Σ_n (g_n − ḡ)(g_n − ḡ)ᵀ/(N − 1), the unbiased covariance of the examples' gradients.
 

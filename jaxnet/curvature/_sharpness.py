@@ -46,6 +46,7 @@ class Sharpness:
     sampling_error: Array
 
 
+@contract.takes_loss
 def sharpness(
     loss: Loss,
     params: ArrayTree,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnet import dataset
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, Progress
 from jaxnet.curvature._sharpness import Sharpness, sharpness
 
@@ -89,6 +89,7 @@ class TrackObserver:
             self.checks.append(self._track.sharpness)
 
 
+@contract.takes_loss
 def track(loss: Loss, batch: Any, *, key: Array, every: int = 1, tol: float = 1e-3) -> Tracker:
     """Follow λ_max of the loss's Hessian while params move: a check takes about 3 products, the first 10 to 30.
 

@@ -279,6 +279,7 @@ class Analysis:
         return "\n".join([f"recommended: {self.reason(self.derived.probe_batch_size)}", *lines])
 
 
+@contract.takes_loss
 def analyse(
     loss: Loss,
     params: ArrayTree,

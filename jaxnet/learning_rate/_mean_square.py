@@ -27,6 +27,7 @@ _AT_ONCE = 2**22
 _AT_MINIMUM = 1e-6
 
 
+@contract.takes_loss
 def sgd_stability(
     loss: Loss,
     params: ArrayTree,
@@ -81,6 +82,7 @@ def sgd_stability(
     return found.rates
 
 
+@contract.takes_loss
 def stationary_excess(
     loss: Loss, params: ArrayTree, batch: ArrayTree, batch_size: int, rate: ArrayLike, *, replace: bool
 ) -> Array:

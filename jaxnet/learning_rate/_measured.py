@@ -53,6 +53,7 @@ class MeasuredStability:
         return self.limits.std(ddof=1) if self.limits.size > 1 else jnp.full((), jnp.nan)
 
 
+@contract.takes_loss
 def measure_stability(
     loss: Loss,
     params: ArrayTree,

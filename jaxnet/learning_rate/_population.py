@@ -63,6 +63,7 @@ class MeasuredSgdStability:
         return self.limits.std(ddof=1) / r**0.5 if r > 1 else jnp.full((), jnp.nan)
 
 
+@contract.takes_loss
 def measure_sgd_stability(
     loss: Loss,
     params: ArrayTree,

@@ -97,6 +97,7 @@ class RangeTest:
 _NOT_PLAIN = "it holds for plain SGD, u = −ηg, only"
 
 
+@contract.takes_loss
 def range_test(
     loss: Loss,
     start: ArrayTree | TrainState,

@@ -61,6 +61,7 @@ def _inverse(curvature: Array) -> Array:
     return jnp.where(curvature < 0, jnp.nan, 1 / jnp.abs(curvature))
 
 
+@contract.takes_loss
 def greedy(loss: Loss, params: ArrayTree, batch: Any) -> Array:
     """η = g·g / g·Hg, which minimises the quadratic model of the loss along its own gradient g.
 
@@ -114,6 +115,7 @@ class NoisyCurvature:
         return self.along_noise / self.along_gradient
 
 
+@contract.takes_loss
 def noisy_curvature(loss: Loss, params: ArrayTree, batch: Any, *, key: Array, num_probes: int = 32) -> NoisyCurvature:
     """g·g, g·Hg and tr(HΣ) at a point, without N Hessian products.
 

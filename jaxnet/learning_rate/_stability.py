@@ -51,6 +51,7 @@ class Stability:
         return self.rate / self.limit
 
 
+@contract.takes_loss
 def stability(
     loss: Loss,
     params: ArrayTree,

@@ -206,6 +206,7 @@ class _OfBatch:
         return self.reduce(of_chunk, data, size=_chunk_size(self.loss, params, batch))
 
 
+@contract.takes_loss
 def gradients(loss: Loss, params: ArrayTree, batch: Any) -> PerExampleGradients:
     """The gradients of the N examples' own losses, as a value whose methods reduce over them.
 

@@ -6,6 +6,7 @@ from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 
 
+@contract.takes_loss
 def check_independent(loss: Loss, params: ArrayTree, batch: Any, *, key: Array | None = None) -> None:
     """Raise unless E is, on a few examples, the mean of the examples' own losses, and so is its gradient.
 

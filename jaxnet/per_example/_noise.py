@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnet import dataset
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example._gradients import gradients
 from jaxnet.per_example._held import Held
@@ -38,6 +38,7 @@ class NoiseScale:
     resolved: Array
 
 
+@contract.takes_loss
 def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
     """B_simple = S/|G|²: a ratio of two unbiased averages over the examples.
 

@@ -97,6 +97,7 @@ class FitProgress(NamedTuple):
     history: History
 
 
+@contract.takes_loss
 def fit(
     loss: Loss,
     start: ArrayTree | TrainState,
@@ -187,6 +188,7 @@ def _result(carry: _program.Carry, history: History, has_validation: bool) -> Fi
     return FitResult(carry.state, history, _stopped(int(carry.code), history), best)
 
 
+@contract.takes_loss
 def sweep(
     loss: Loss,
     start: ArrayTree,
