@@ -94,8 +94,12 @@ def read(
     words: tuple[str, ...] | None = None
     notes: list[str] = []
     if suffix == ".npz":
+        if target is not None or drop is not None:
+            raise UserError(f"{path}: target and drop name columns of a table; of an archive name inputs and targets")
         x, y = read_archive(path, inputs, targets)
     elif suffix in (".csv", ".tsv"):
+        if (inputs, targets) != ("x", "y"):
+            raise UserError(f"{path}: inputs and targets name arrays of an archive; of a table name the column target")
         x, y, words, notes = read_table(path, target, drop)
     else:
         raise UserError(f"{path}: expected a file that ends in .npz or .csv, or in .tsv")

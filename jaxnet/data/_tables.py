@@ -1,5 +1,6 @@
 """A table of text, as spreadsheets and pandas write it, to numbers."""
 
+import collections
 import csv
 import itertools
 import pathlib
@@ -42,7 +43,7 @@ def read_table(
     inputs = [_input(path, name, table[name], notes) for name in table if name not in wanted]
     targets = [_target(path, name, table[name], notes) for name in wanted]
     if not sum(values.shape[1] for values in inputs):
-        raise UserError(f"{path}: no column is left as an input; {'; '.join(notes) or 'all are targets'}")
+        raise UserError(f"{path}: no column is left as an input; {'; '.join(notes) or 'all are targets or dropped'}")
     if len(targets) == 1:
         return np.concatenate(inputs, axis=1), *targets[0], notes
     for name, (_, words) in zip(wanted, targets, strict=True):
@@ -105,11 +106,11 @@ def _shape(path: pathlib.Path) -> tuple[list[str], str, bool]:
         raise UserError(f"{path}: expected a header line of two or more columns and rows below it")
     if all(re.fullmatch(NUMBER, name) for name in header):
         raise UserError(f"{path}: its first line holds numbers only; begin with a header line of column names")
-    for name in header:
-        places = [str(i) for i, other in enumerate(header, start=1) if other == name]
-        if len(places) > 1:
-            shared = f"the same name {name!r}" if name else "no name"
-            raise UserError(f"{path}: columns {', '.join(places)} have {shared}; give each a name of its own")
+    name, times = collections.Counter(header).most_common(1)[0]
+    if times > 1:
+        places = ", ".join(str(i) for i, other in enumerate(header, start=1) if other == name)
+        shared = f"the same name {name!r}" if name else "no name"
+        raise UserError(f"{path}: columns {places} have {shared}; give each a name of its own")
     return [name or f"(column {i})" for i, name in enumerate(header, start=1)], separator, marks == {","}
 
 

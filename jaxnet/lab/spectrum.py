@@ -91,7 +91,7 @@ def _with_top(config: SpectrumConfig, task: Task, op: LinearOperator, where: str
         raise UserError(f"the Hessian {where} is not finite; rescale the data, or use --dtype float64")
     # Relative to itself: after training it may be a thousandth of λ_max, and take hundreds of products.
     smallest = curvature.eigsh(op, which="SA", tol=1e-2, key=key)
-    examples = len(op.operands[1])
+    examples = len(task.sample[1])
     rows = [*task.rows]
     for i, (value, residual) in enumerate(zip(pairs.values, pairs.residual_norms, strict=True), start=1):
         rows.append((f"λ_{i}", float(value), f"residual {float(residual):.1g}"))

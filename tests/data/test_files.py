@@ -69,3 +69,10 @@ def test_other_malformed_files(tmp_path):
     np.savez(tmp_path / "o.npz", x=np.array([{}, {}]), y=np.ones(2))
     with pytest.raises(ValueError, match="Python objects"):
         data.load(tmp_path / "o.npz")
+    np.savez(tmp_path / "a.npz", x=np.ones((3, 2)), y=np.ones(3))
+    for options in ({"target": "y"}, {"drop": "y"}):
+        with pytest.raises(ValueError, match="target and drop name columns of a table"):
+            data.load(tmp_path / "a.npz", **options)
+    for options in ({"targets": "b"}, {"inputs": "a"}):
+        with pytest.raises(ValueError, match="of a table name the column target"):
+            data.load(tmp_path / "a.csv", **options)

@@ -54,5 +54,5 @@ def test_a_job_says_what_it_took_a_table_for(tmp_path):
         Console(file=printed, width=200).print(table)
     for words in ("is an index", "'colour[/x]' is 2 inputs", "[red], blue", "rows left out, 1 of 41", "decimal commas"):
         assert words in printed.getvalue()
-    for words in ("a[b].CSV, linear, softmax cross entropy", "32 to train on, 8 to test", "classes no, yes"):
+    for words in ("a[b].CSV, linear, softmax cross entropy", "N = 32", "32 to train on, 8 to test", "classes no, yes"):
         assert words in printed.getvalue()
