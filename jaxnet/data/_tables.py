@@ -89,12 +89,12 @@ def _shape(path: pathlib.Path) -> tuple[list[str], str, bool]:
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
         lines = list(itertools.islice((line for line in file if line.strip()), 2))
-        widths = {sep: [len(row) for row in csv.reader(lines, delimiter=sep)] or [0] for sep in SEPARATORS}
+        split = lambda lines, sep: csv.reader(lines, delimiter=sep, skipinitialspace=True)
+        widths = {sep: [len(row) for row in split(lines, sep)] or [0] for sep in SEPARATORS}
         fits = lambda sep: widths[sep][0] > 1 and len(set(widths[sep])) == 1
         separator = max(SEPARATORS, key=lambda sep: (fits(sep), widths[sep][0]))
         file.seek(0)
-        rows = csv.reader(file, delimiter=separator, skipinitialspace=True)
-        filled = (row for row in rows if len(row) > 1 or "".join(row).strip())
+        filled = (row for row in split(file, separator) if len(row) > 1 or "".join(row).strip())
         header = [name.strip() for name in next(filled, [])]
         count, marks = 0, set[str]()
         for count, row in enumerate(filled, start=1):

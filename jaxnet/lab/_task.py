@@ -269,7 +269,7 @@ def _reading(config: TaskConfig, targets: np.ndarray, words: tuple[str, ...] | N
     if criterion == "squared_error":
         return _numbers(config, targets, words)
     if targets.ndim != 1 or (targets != np.round(targets)).any():
-        raise UserError(f"{criterion} needs class labels, whole numbers from 0 on; use --criterion squared_error")
+        raise UserError(f"{criterion} needs class labels, one whole number an example; use --criterion squared_error")
     found = np.unique(targets)
     shown = ", ".join(map(str, (words or found)[:6])) + (", …" if len(found) > 6 else "")
     if len(found) < 2:

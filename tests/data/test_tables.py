@@ -53,6 +53,22 @@ def test_one_table_in_many_spellings(write, text, name):
     assert found.words is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'a [m;s;k],b\n1,"u, v;w"\n2,"w"\n3,"w"\n',
+        'a [m;s;k], b\n1, "u, v;w"\n2, "w"\n3, w\n',
+        b"\xef\xbb\xbf" + b'a [m;s;k]\tb\n1\t"u, v;w"\n2\tw\n3\tw\n',
+        'a [m;s;k]|"b"\n"1"|u, v;w\n"2"|w\n"3"|w \n',
+    ],
+)
+def test_what_a_cell_holds_separates_nothing(write, text):
+    found = data.read(write(text), target="a [m;s;k]")
+    assert found.inputs.tolist() == [[1, 0], [0, 1], [0, 1]]
+    assert found.targets.tolist() == [1, 2, 3]
+    assert any(note.endswith("one for each word: u, v;w, w") for note in found.notes)
+
+
 def test_numbers_are_read_to_the_last_bit(write):
     bits = np.random.default_rng(0).integers(0, 2**64, (500, 2), dtype=np.uint64)
     numbers = np.nan_to_num(bits.view(np.float64), nan=0.5)

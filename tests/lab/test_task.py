@@ -126,6 +126,13 @@ def test_several_targets_are_an_output_each(tmp_path):
 def test_targets_of_one_column_are_a_number_each(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.ones((12, 2)), y=np.arange(12.0)[:, None] / 7)
     assert task(data=str(tmp_path / "a.npz"), model="linear").train[1].ndim == 1
+    np.savez(tmp_path / "a.npz", x=np.ones((12, 2)), y=np.eye(3, dtype=int)[np.arange(12) % 3])
+    assert task(data=str(tmp_path / "a.npz"), model="linear").train[1].shape == (9, 3)
+    with pytest.raises(UserError, match="needs class labels, one whole number an example"):
+        task(data=str(tmp_path / "a.npz"), criterion="softmax_cross_entropy")
+    np.savez(tmp_path / "a.npz", x=np.ones((12, 2)), y=np.ones((12, 2, 2)))
+    with pytest.raises(UserError, match=r"expected one number an example, or a row of them, got shape \(12, 2, 2\)"):
+        task(data=str(tmp_path / "a.npz"))
 
 
 def test_what_was_done_to_a_file_is_said(tmp_path):
