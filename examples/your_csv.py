@@ -2,8 +2,9 @@
 
     python examples/your_csv.py table.csv            # the last column is what to predict
     python examples/your_csv.py table.csv price      # or the column of this name
+    python examples/your_csv.py table.csv age number # whole numbers that are a quantity, where they would be classes
 
-The table needs a header line and numbers below it. Without a path the script writes a real one, scikit-learn's wines.
+The table needs a header line. Without a path the script writes a real one, scikit-learn's wines.
 """
 
 import pathlib
@@ -17,7 +18,7 @@ import optax
 
 from jaxnet import data, learning_rate, losses, nn, training
 
-path, target = [*sys.argv[1:], None, None][:2]
+path, target, kind = [*sys.argv[1:], None, None, None][:3]
 if path is None:
     from sklearn.datasets import load_wine
 
@@ -34,10 +35,11 @@ held_out, test, train = jnp.split(jax.random.permutation(keys[0], len(inputs)), 
 scaled = lambda x: (x - x[train].mean(axis=0)) / jnp.maximum(x[train].std(axis=0), 1e-6)
 inputs = scaled(inputs)
 
-# Whole numbers 0, 1, 2, … are classes; any other target is a quantity.
-num_classes = len(jnp.unique(targets))
-labelled = jnp.array_equal(jnp.unique(targets), jnp.arange(num_classes))
+# Words and whole numbers are classes, unless they are called a number; any other target is a quantity.
+labelled = jnp.issubdtype(targets.dtype, jnp.integer) and kind != "number"
 if labelled:
+    classes, targets = jnp.unique(targets, return_inverse=True)
+    num_classes = len(classes)
     model, criterion = nn.mlp([32, num_classes]), losses.softmax_cross_entropy
 else:
     model, criterion = nn.mlp([32, 1]), losses.squared_error

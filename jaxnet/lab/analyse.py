@@ -83,7 +83,7 @@ def stages(config: AnalyseConfig, on_stage: OnStage = lambda stage, share: None)
         seed=config.seed,
         dtype=str(jnp.result_type(*jax.tree.leaves(task.params))),
         measurements=analysis.to_dict(),
-        rows=[*_of_targets(task), *analysis.rows(), *_of_own_rate(config, analysis)],
+        rows=[*task.rows, *_of_targets(task), *analysis.rows(), *_of_own_rate(config, analysis)],
         panels=_panels.of_analysis(analysis),
     )
     yield found

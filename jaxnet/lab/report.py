@@ -18,17 +18,20 @@ if TYPE_CHECKING:
 def tables(record: Record) -> "list[Table]":
     """The record's rows, and its claims with their verdicts, as rich tables."""
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
     found = []
     if record.rows:
-        table = Table("quantity", "value", "remark", title=record.question, box=SIMPLE_HEAD, title_justify="left")
+        table = Table(
+            "quantity", "value", "remark", title=escape(record.question), box=SIMPLE_HEAD, title_justify="left"
+        )
         table.columns[1].justify = "right"
         for name, value, remark in record.rows:
-            table.add_row(name, _number(value), remark)
+            table.add_row(escape(name), _number(value), escape(remark))
         found.append(table)
     if record.claims:
-        title = None if found else record.question
+        title = None if found else escape(record.question)
         table = Table(
             "claim",
             "predicted",

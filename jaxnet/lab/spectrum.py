@@ -91,11 +91,10 @@ def _with_top(config: SpectrumConfig, task: Task, op: LinearOperator, where: str
         raise UserError(f"the Hessian {where} is not finite; rescale the data, or use --dtype float64")
     # Relative to itself: after training it may be a thousandth of λ_max, and take hundreds of products.
     smallest = curvature.eigsh(op, which="SA", tol=1e-2, key=key)
-    examples = len(op.operands[1])
-    rows: list[tuple[str, Any, str]] = [
-        (f"λ_{i}", float(value), f"residual {float(residual):.1g}")
-        for i, (value, residual) in enumerate(zip(pairs.values, pairs.residual_norms, strict=True), start=1)
-    ]
+    examples = len(task.sample[1])
+    rows = [*task.rows]
+    for i, (value, residual) in enumerate(zip(pairs.values, pairs.residual_norms, strict=True), start=1):
+        rows.append((f"λ_{i}", float(value), f"residual {float(residual):.1g}"))
     rows.append(("λ_min", float(smallest.values[0]), f"residual {float(smallest.residual_norms[0]):.1g}"))
     rows.append(_spent("largest", pairs))
     rows.append(_spent("smallest", smallest))

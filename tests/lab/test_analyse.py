@@ -1,10 +1,12 @@
 """The main job, by the record that it leaves."""
 
+import io
 import json
 
 import numpy as np
+from rich.console import Console
 
-from jaxnet.lab import cli
+from jaxnet.lab import cli, report, spectrum
 
 
 def job(arguments, out):
@@ -34,8 +36,23 @@ def test_large_targets_are_told_and_can_be_scaled(tmp_path, capsys):
     assert job(arguments, tmp_path / "raw") == 0
     printed = capsys.readouterr().out
     assert "largest target" in printed
+    assert "each scaled to mean 0" in " ".join(printed.split())
     assert "--standardise-target" in printed
     assert job(f"{arguments} --standardise-target", tmp_path / "scaled") == 0
     assert "largest target" not in capsys.readouterr().out
     run = json.loads((tmp_path / "scaled" / "record.json").read_text())["measurements"]["runs"][0]
     assert run["loss"][0] < 10
+
+
+def test_a_job_says_what_it_took_a_table_for(tmp_path):
+    size = [f"{x:.3f}".replace(".", ",") for x in np.random.default_rng(0).normal(size=40)]
+    rows = [f"{i};{('[red]', 'blue')[i % 2]};{x};{'yes' if x < '0' else 'no'}" for i, x in enumerate(size)]
+    (tmp_path / "a[b].CSV").write_text("\n".join([";colour[/x];size;bought", *rows, "40;;1,5;no"]))
+    config = spectrum.SpectrumConfig(data=str(tmp_path / "a[b].CSV"), model="linear", batch_size=8, num_eigenvalues=2)
+    printed = io.StringIO()
+    for table in report.tables(next(spectrum.stages(config))):
+        Console(file=printed, width=200).print(table)
+    for words in ("is an index", "'colour[/x]' is 2 inputs", "[red], blue", "rows left out, 1 of 41", "decimal commas"):
+        assert words in printed.getvalue()
+    for words in ("a[b].CSV, linear, softmax cross entropy", "N = 32", "32 to train on, 8 to test", "classes no, yes"):
+        assert words in printed.getvalue()

@@ -128,8 +128,9 @@ def test_bad_input_is_one_line_and_writes_nothing(words, arguments, tmp_path):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ("column 'b' is not numeric", "a,b,c\n1,red,0\n2,blue,1\n3,red,0\n"),
-        ("NaN or infinity", "a,b,c\n1,nan,0\n2,1,1\n3,1,0\n"),
+        ("column 'b' is not numeric", "a,b,c\n1,red,0\n2,5,1\n3,red,0\n"),
+        ("holds infinity", "a,b,c\n1,inf,0\n2,1,1\n3,1,0\n"),
+        ("columns 1, 3 have the same name 'y'", "y,x,y\n1,2,0\n2,1,1\n3,1,0\n"),
         ("all 4 examples have the label 1", "a,b,c\n1,2,1\n2,1,1\n3,1,1\n3,1,1\n"),
         ("labels are out of range", "a,b,c\n1,2,-1\n2,1,1\n3,1,1\n3,1,1\n"),
     ],
