@@ -70,7 +70,7 @@ def _dtype(v: ArrayTree) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*jax.tree.leaves(v)), jnp.float32)
 
 
-def _coefficients(basis: ArrayTree, v: ArrayTree) -> Array:
+def coefficients(basis: ArrayTree, v: ArrayTree) -> Array:
     def leaf(q: Array, x: Array) -> Array:
         return jnp.matmul(q.reshape(q.shape[0], -1), x.reshape(-1), precision=lax.Precision.HIGHEST)
 
@@ -151,7 +151,7 @@ def extend(state: Lanczos, product: ArrayTree) -> Lanczos:
 
     def sweep(at: _Pass) -> _Pass:
         w = lax.cond(at.passes == 2, lambda: _generic_like(at.w, j), lambda: at.w)
-        overlap = jnp.where(jnp.arange(column.size) <= j, _coefficients(state.basis, w), 0)
+        overlap = jnp.where(jnp.arange(column.size) <= j, coefficients(state.basis, w), 0)
         w = jax.tree.map(jnp.subtract, w, combine(state.basis, overlap))
         length = norm(w)
         own = at.passes < 2

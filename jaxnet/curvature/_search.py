@@ -25,8 +25,13 @@ _UNSEEN = 0.02
 # Where the estimate has been small for this many steps, the unseen eigenvalue need not be excluded from as near as the
 # tolerance, but beyond this share of the gap between the outermost Ritz values, and this share of the norm, only.
 _IN_A_ROW, _OF_GAP, _OF_NORM = 4, 0.3, 0.04
+# Then an eigenvalue that has not been told apart from the one found lies within the residual, of which the tolerance is
+# to leave this share: two come in unequal parts.
+_ALONE = 0.3
 # Of a warm start no chance is known; the estimate alone decides.
 _WARM_IN_A_ROW = 2
+# What rounding leaves of an eigenvalue, in eps‖A‖, and the steps from which on it adds up.
+_ROUNDING, _MANY = 4, 1000
 # How many discarded Ritz values the bound remembers.
 _ROOM = 512
 # Products after which a search ends at the latest.
@@ -68,6 +73,7 @@ class Search(NamedTuple):
       num_matvecs: products spent.
       agreed: steps in a row for which the estimate was small and vouched for.
       settled: whether the search has found what it wants.
+      told: whether the tolerance is above what rounding leaves of the values.
       failed: whether a product was not finite.
     """
 
@@ -79,6 +85,7 @@ class Search(NamedTuple):
     num_matvecs: Array
     agreed: Array
     settled: Array
+    told: Array
     failed: Array
 
     @property
@@ -202,7 +209,8 @@ class Eigensolver:
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(_lanczos.ritz, state))
         room = jnp.zeros(min(self.limit, _ROOM), dtype)
         failed = ~jnp.isfinite(_lanczos.norm(start))
-        return Search(state, nothing, room, zero, jnp.zeros((), dtype), zero, zero, jnp.array(False), failed)
+        no = jnp.array(False)
+        return Search(state, nothing, room, zero, jnp.zeros((), dtype), zero, zero, no, no, failed)
 
     def done(self, search: Search) -> Array:
         """Whether it has found what it wants, has failed, or has spent its products."""
@@ -232,14 +240,16 @@ class Eigensolver:
             failed=~jnp.isfinite(state.beta),
         )
         wanted = rank(self.which, found)[: self.k]
-        small = _accurate(found, wanted, state.scale, tol)
-        near, far = (True, True) if self.warm else _seen(self, search, tol)
-        agreed = jnp.where(small & far, search.agreed + 1, 0)
+        small, alone = _accurate(found, wanted, state.scale, tol)
+        near, far = (False, False) if self.warm else _seen(self, search, tol)
+        agreed = jnp.where(small if self.warm else alone & far, search.agreed + 1, 0)
         exhausted = (state.size == self.basis) & (self.basis == self.space.size)
         settled = exhausted | (agreed >= (_WARM_IN_A_ROW if self.warm else _IN_A_ROW))
         if self.certified:
             settled = settled | (small & near)
-        return search._replace(agreed=agreed, settled=settled)
+        summed = _ROUNDING * jnp.sqrt(1 + search.num_matvecs / _MANY)
+        told = (tol * jnp.abs(found.values[wanted]) >= summed * jnp.finfo(found.values.dtype).eps * state.scale).all()
+        return search._replace(agreed=agreed, settled=settled, told=told | exhausted)
 
     @functools.partial(jax.jit, static_argnums=0)
     def restart(self, search: Search) -> Search:
@@ -252,6 +262,21 @@ class Eigensolver:
             discarded=search.discarded.at[search.num_discarded + jnp.arange(others.size)].set(others, mode="drop"),
             num_discarded=search.num_discarded + jnp.where(self.done(search), 0, others.size),
         )
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def leading(self, search: Search, count: int) -> ArrayTree:
+        """The Ritz vectors that ``which`` asks for first, leaves (count, ...), of a state that has been restarted.
+
+        Those that a search of few steps, or one of a small space, does not hold are 0.
+        """
+        rows = min(count, self.kept)
+        held = search.found.filled[rank(self.which, search.found)[:rows]]
+
+        def leaf(q: Array) -> Array:
+            kept = jnp.where(held.reshape(-1, *[1] * (q.ndim - 1)), q[:rows], 0)
+            return jnp.concatenate([kept, jnp.zeros((count - rows, *q.shape[1:]), q.dtype)])
+
+        return jax.vmap(self.space.unravel)(jax.tree.map(leaf, search.lanczos.basis))
 
     @functools.partial(jax.jit, static_argnums=0)
     def result(self, search: Search) -> Eigenpairs:
@@ -267,7 +292,7 @@ class Eigensolver:
             vectors=jax.vmap(self.space.unravel)(jax.tree.map(lambda q: q[order], search.lanczos.basis)),
             residual_norms=jnp.where(filled, found.residual_norms[wanted], jnp.nan),
             num_matvecs=search.num_matvecs,
-            converged=search.settled & filled.all() & jnp.isfinite(values).all(),
+            converged=search.settled & search.told & filled.all() & jnp.isfinite(values).all(),
         )
 
 
@@ -302,8 +327,8 @@ def rank(which: str, found: _lanczos.Ritz) -> Array:
     return jnp.argsort(jnp.where(found.filled, order, jnp.inf))
 
 
-def _accurate(found: _lanczos.Ritz, wanted: Array, scale: Array, tol: Array | float) -> Array:
-    """Whether the estimate min(r, r²/gap) of every wanted value's error is within the tolerance."""
+def _accurate(found: _lanczos.Ritz, wanted: Array, scale: Array, tol: Array | float) -> tuple[Array, Array]:
+    """Whether the estimate min(r, r²/gap) of every wanted value's error is within the tolerance, and whether r is."""
     values, residuals = found.values[wanted], found.residual_norms[wanted]
     distance = jnp.abs(found.values[None, :] - values[:, None])
     others = found.filled[None, :] & (jnp.arange(distance.shape[1])[None, :] != wanted[:, None])
@@ -312,8 +337,9 @@ def _accurate(found: _lanczos.Ritz, wanted: Array, scale: Array, tol: Array | fl
     estimate = jnp.where(jnp.isinf(gap), residuals, jnp.minimum(residuals, residuals * (residuals / gap)))
     # Twins at rounding distance leave gap = 0 and an estimate of NaN or inf: the residual decides.
     estimate = jnp.where(jnp.isfinite(estimate), estimate, residuals)
-    rounding = 4 * jnp.finfo(values.dtype).eps * scale
-    return found.filled[wanted].all() & (estimate <= jnp.maximum(tol * jnp.abs(values), rounding)).all()
+    allowed = jnp.maximum(tol * jnp.abs(values), _ROUNDING * jnp.finfo(values.dtype).eps * scale)
+    here = found.filled[wanted].all()
+    return here & (estimate <= allowed).all(), here & (residuals <= _ALONE * allowed).all()
 
 
 def _seen(solver: Eigensolver, search: Search, tol: Array | float) -> tuple[Array, Array]:
@@ -331,7 +357,7 @@ def _seen(solver: Eigensolver, search: Search, tol: Array | float) -> tuple[Arra
     for sign, end, gap in ends:
         # Of the largest magnitude, what lies within that magnitude does not matter.
         end = sign * norm if solver.which == "LM" else end
-        tolerated = jnp.maximum(tol * jnp.abs(end), 4 * jnp.finfo(norm.dtype).eps * norm)
+        tolerated = jnp.maximum(tol * jnp.abs(end), _ROUNDING * jnp.finfo(norm.dtype).eps * norm)
         wider = jnp.maximum(tolerated, jnp.minimum(_OF_GAP * gap, _OF_NORM * norm))
         near &= _bound.log_sum(search.polynomials, end + sign * tolerated) > target
         far &= _bound.log_sum(search.polynomials, end + sign * wider) > target

@@ -12,6 +12,7 @@ from jax import lax
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import _bound
+from jaxnet.curvature._follow import LEADING, follow
 from jaxnet.curvature._hessian import hessian
 from jaxnet.curvature._operators import LinearOperator
 from jaxnet.curvature._search import Eigensolver
@@ -33,6 +34,8 @@ class Sharpness:
         after a warm start, for which the bound does not hold.
       num_matvecs: Hessian products spent.
       converged: whether θ was found to be within the tolerance.
+      leading: the vector and the two Ritz vectors next to it, leaves (3, ...), from which a check nearby starts: one
+        alone would hide what has overtaken it.
       sampling_error: the standard error of vᵀHv over the examples, √(Var vᵀH_n v/N): how far, to first order, λ_max of
         the distribution that the batch was drawn from may be; NaN unless asked for.
     """
@@ -43,6 +46,7 @@ class Sharpness:
     upper_bound: Array
     num_matvecs: Array
     converged: Array
+    leading: ArrayTree
     sampling_error: Array
 
 
@@ -70,7 +74,8 @@ def sharpness(
       key: a `jax.random.key` for the start vector.
       tol: relative accuracy of the value.
       max_matvecs: a limit on the Hessian products; by default enough for any gap that the dtype resolves.
-      v0: a start vector like params, such as the eigenvector at a point nearby.
+      v0: a start, such as ``leading`` of a result nearby, or one vector like params. The check is then a warm one, of
+        about five products: Rayleigh–Ritz in the span of these vectors, widened by residuals.
       ncv: how many Lanczos vectors are kept at most; 4 are the low-memory mode (see `eigsh`).
       failure_probability: δ of ``upper_bound``, over the random start.
       subsample: start from the eigenvector of this many examples, drawn at random. It saves half of the products with
@@ -96,8 +101,8 @@ def sharpness(
         if v0 is not None:
             raise ValueError("subsample: the start is v0 already; give one of the two")
         v0 = _from_subsample(loss, params, batch, subsample, key, tol)
-    solver = Eigensolver(op.space, max_matvecs=max_matvecs, ncv=ncv, warm=v0 is not None)
     target = _bound.log_inverse_share(op.space.size, failure_probability)
+    solver = Eigensolver(op.space, max_matvecs=max_matvecs, ncv=ncv)
     return _measure(loss, op, v0, key, tol, target, solver, sampling_error)
 
 
@@ -112,19 +117,26 @@ def _measure(
     solver: Eigensolver,
     sampling_error: bool,
 ) -> Sharpness:
-    pairs, end = solver.search(op, solver.start(key, v0), tol)
+    if v0 is None:
+        pairs, end = solver.search(op, solver.start(key), tol)
+        value, residual_norm = pairs.values[0], pairs.residual_norms[0]
+        leading = solver.leading(end, LEADING)
+        bound = _bound.upper_bound(end.polynomials, lax.stop_gradient(value), target)
+    else:
+        pairs = follow(op, v0, tol, key=key, max_matvecs=solver.max_matvecs)
+        value, residual_norm, leading = pairs.value, pairs.residual_norm, pairs.vectors
+        bound = jnp.full_like(value, jnp.nan)
     params, data = op.operands
-    value, vector = pairs.values[0], jax.tree.map(lambda x: x[0], pairs.vectors)
-    unknown = jnp.full_like(value, jnp.nan)
-    bound = unknown if solver.warm else _bound.upper_bound(end.polynomials, lax.stop_gradient(value), target)
+    vector = jax.tree.map(lambda x: x[0], leading)
     return Sharpness(
         value=value,
         vector=vector,
-        residual_norm=pairs.residual_norms[0],
+        residual_norm=residual_norm,
         upper_bound=bound,
         num_matvecs=pairs.num_matvecs,
         converged=pairs.converged & jnp.isfinite(value),
-        sampling_error=_sampling_error(loss, params, data, vector) if sampling_error else unknown,
+        leading=leading,
+        sampling_error=_sampling_error(loss, params, data, vector) if sampling_error else jnp.full_like(value, jnp.nan),
     )
 
 
@@ -135,7 +147,7 @@ def _from_subsample(loss: Loss, params: ArrayTree, batch: Any, size: int, key: A
         raise ValueError(f"subsample: expected 1 to {n}, the number of examples, got {size}")
     rows = jax.random.choice(jax.random.fold_in(key, 1), n, (size,), replace=False)
     part = jax.tree.map(lambda x: jnp.asarray(x)[rows], batch)
-    return sharpness(loss, params, part, key=key, tol=tol).vector
+    return sharpness(loss, params, part, key=key, tol=tol).leading
 
 
 def _sampling_error(loss: Loss, params: ArrayTree, data: Any, vector: ArrayTree) -> Array:
