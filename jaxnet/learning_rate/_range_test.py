@@ -15,7 +15,7 @@ from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, check_batch_size
 from jaxnet.data import reshuffled
 from jaxnet.learning_rate._analysis import Analysis, analyse, name_of
-from jaxnet.training import TrainState, init_state, make_update, trajectory
+from jaxnet.training import TrainState, init_state, make_update, trajectory, with_rate
 
 
 @jax.tree_util.register_dataclass
@@ -154,11 +154,8 @@ def range_test(
     params = start.params if isinstance(start, TrainState) else start
     contract.check(loss, params, data)
     rates = _check_rates(learning_rates, params)
-    fresh = init_state(params, make_optimizer(rates[0]))
-    state = start if isinstance(start, TrainState) else fresh
-    structures: list[Any] = [jax.tree.structure(s.opt_state) for s in (fresh, state)]
-    if structures[0] != structures[1]:
-        raise ValueError("start: its opt_state belongs to another optimizer; pass the same maker, or start.params")
+    state = start if isinstance(start, TrainState) else init_state(params, make_optimizer(rates[0]))
+    state = with_rate(make_optimizer, state, rates[0])
     order_key, analysis_key = jax.random.split(key)
     first, after = _train(loss, make_optimizer, state, rates, data, order_key, batch_size, steps_per_rate)
     diverged, smoothed = _smooth(first, after, smoothing)
@@ -217,8 +214,7 @@ def _train(
 
     def step(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Any]:
         rate, rows = inputs
-        state = state._replace(opt_state=_with_rate(state.opt_state, rate))
-        return make_update(loss, make_optimizer(rate))(state, batch_of(rows))
+        return make_update(loss, make_optimizer(rate))(with_rate(make_optimizer, state, rate), batch_of(rows))
 
     of_step = jnp.repeat(rates, steps_per_rate)
     state, metrics = trajectory(step, state, (of_step, batches[:-1]))
@@ -235,13 +231,6 @@ def _batches(key: Array, n: int, batch_size: int | None, count: int) -> Array:
     epochs = jnp.arange(-(-count // per_epoch))
     rows = jax.vmap(lambda epoch: reshuffled(key, epoch, n)[: per_epoch * batch_size])(epochs)
     return rows.reshape(-1, batch_size)[:count]
-
-
-def _with_rate(opt_state: Any, rate: Array) -> Any:
-    # optax.inject_hyperparams keeps the rate in its state, where a new maker does not reach it.
-    held = lambda path, _: any(getattr(entry, "name", None) == "hyperparams" for entry in path)
-    names = [path for path, _ in optax.tree.get_all_with_path(opt_state, "learning_rate", held)]
-    return optax.tree.set(opt_state, held, learning_rate=rate) if names else opt_state
 
 
 @jax.jit
