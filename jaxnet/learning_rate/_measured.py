@@ -118,13 +118,13 @@ def measure_stability(
         raise ValueError(f"rates: expected 3 or more positive numbers in ascending order, got {rates}")
     if not np.isfinite(values).all():
         raise ValueError(f"rates: expected finite numbers, got {rates}")
-    dtype = jnp.result_type(*jax.tree.leaves(params))
-    if jnp.finfo(dtype).eps > jnp.finfo(jnp.float32).eps:
-        raise TypeError(f"params: the differences of gradients need float32 or float64, got {dtype}")
+    rounding = _rounding(params)
+    if rounding > jnp.finfo(jnp.float32).eps:
+        raise TypeError("params: the differences of gradients need float32 or float64, got leaves in half precision")
     contract.check(loss, params, batch)
     walks = _Walks(loss, params, batch, make_optimizer, opt_state)
     along, plain = _ladder(walks, values.tolist(), jax.random.split(key, num_starts), num_steps)
-    growth, at_minus_one = _growth(along, float(jnp.finfo(dtype).eps))
+    growth, at_minus_one = _growth(along, rounding)
     limits = np.array([_crossing(values, row) for row in at_minus_one])
     failed = ~(plain[:, -1] < plain[:, 0])
     first = int(np.argmax(failed)) if failed.any() else len(values)
@@ -137,8 +137,12 @@ def measure_stability(
 
 def starting_distance(params: ArrayTree) -> Array:
     """How far from ω₀ gradients are told apart best: .3 √(rounding) of its length, where the two errors meet."""
-    dtype = jnp.result_type(*jax.tree.leaves(params))
-    return 0.3 * jnp.finfo(dtype).eps ** 0.5 * jnp.maximum(optax.tree.norm(params), 1)
+    return 0.3 * _rounding(params) ** 0.5 * jnp.maximum(optax.tree.norm(params), 1)
+
+
+def _rounding(params: ArrayTree) -> float:
+    """That of the least precise leaf."""
+    return max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(params))
 
 
 @dataclasses.dataclass(frozen=True)
