@@ -52,7 +52,8 @@ def of_analysis(found: Analysis) -> list[Panel]:
         Series("rate to train at", sizes, along(found.rate), "line-points", 0),
         Series("best single step here", sizes, list(map(float, found.derived.greedy)), "dashed", 2),
     ]
-    lines = [Line("critical batch size", float(found.critical_batch_size))]
+    critical = float(found.critical_batch_size)
+    lines = [Line("critical batch size", critical)] if np.isfinite(critical) else []
     if found.optimizer == "sgd":
         lines += [Line("1/λ_max", float(found.optimal), "y"), Line("2/λ_max", float(found.maximal), "y")]
     return [

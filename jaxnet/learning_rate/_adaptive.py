@@ -12,6 +12,7 @@ from jax import lax
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import Eigensolver, LinearOperator, Space
+from jaxnet.training import ValueFn
 
 # A rate needs λ_max to so much, no more.
 _TOLERANCE = 0.05
@@ -24,6 +25,7 @@ class ScaleBySharpnessState(NamedTuple):
 
     Attributes:
       rate: the factor of the last updates, fraction/λ_max.
+      fraction: the one that it was made with.
       sharpness: λ_max at the last check; NaN before the first.
       vector: its eigenvector, like params, from which the next check starts.
       num_matvecs: Hessian products spent in all.
@@ -33,6 +35,7 @@ class ScaleBySharpnessState(NamedTuple):
     """
 
     rate: Array
+    fraction: Array
     sharpness: Array
     vector: ArrayTree
     num_matvecs: Array
@@ -71,6 +74,11 @@ def scale_by_sharpness(
     the data: a mini-batch's λ_max is larger, and its noise is not seen at all, so that runs on mini-batches fail at
     rates that look derived. `jaxnet.training.fit` refuses them; `analyse` derives a rate for them.
 
+    Under `optax.masked` or `optax.partition` λ_max is that of the block of the params that it steps, the others held:
+    what is stepped alone is stable below a fraction of 2. Where k groups each follow a block of their own, the whole is
+    certain to be so below 2/k only, since λ_max(P^-½HP^-½) is up to k for P of the blocks' λ_max. In a loop of one's
+    own ``value_fn`` is then to be a `jaxnet.training.ValueFn`, which fills in what is masked; `fit` makes it one.
+
     Args:
       key: a `jax.random.key` for the start vectors.
       fraction: of 1/λ_max; gradient descent is stable below 2, momentum β below 2 + 2β.
@@ -80,7 +88,8 @@ def scale_by_sharpness(
       An optax transformation with a `ScaleBySharpnessState`.
 
     Raises:
-      ValueError: a number is out of range; or, at an update, there are no ``params`` or no ``value_fn``.
+      ValueError: a number is out of range; or, at an update, there are no ``params`` or no ``value_fn``, or some params
+        are masked and ``value_fn`` knows no others.
 
     Reference:
       LeCun, Simard & Pearlmutter, "Automatic Learning Rate Maximization by On-Line Estimation of the Hessian's
@@ -95,7 +104,8 @@ def scale_by_sharpness(
         contract.check_params(params)
         zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
         vector = optax.tree.zeros_like(params)
-        return ScaleBySharpnessState(zero, jnp.full((), jnp.nan), vector, none, none, none, zero)
+        made_with = jnp.asarray(fraction, zero.dtype)
+        return ScaleBySharpnessState(zero, made_with, jnp.full((), jnp.nan), vector, none, none, none, zero)
 
     def update(
         updates: ArrayTree, state: ScaleBySharpnessState, params: ArrayTree | None = None, *,
@@ -107,6 +117,15 @@ def scale_by_sharpness(
                 "value_fn: expected the loss as a function of params, whose curvature decides, and params: "
                 "optimizer.update(grads, state, params, value_fn=lambda params: loss(params, batch))"
             )
+        masked = lambda node: isinstance(node, optax.MaskedNode)
+        if any(map(masked, jax.tree.leaves(params, is_leaf=masked))) and not isinstance(value_fn, ValueFn):
+            raise ValueError(
+                "value_fn: some params are masked, and the loss needs them all: pass "
+                "value_fn=jaxnet.training.ValueFn(value_fn, params), which fills them in"
+            )
+        # A state made with another fraction takes this one at once, not at the next check.
+        own = jnp.asarray(fraction, state.fraction.dtype)
+        state = state._replace(rate=state.rate * (own / state.fraction), fraction=own)
         op = LinearOperator(_Product(value_fn), Space.of(params), params)
         solver = Eigensolver(op.space, warm=True)
         norm = optax.tree.norm(updates).astype(state.norm.dtype)
@@ -116,8 +135,8 @@ def scale_by_sharpness(
             found, _ = solver.search(op, start, _TOLERANCE)
             value = found.values[0].astype(state.sharpness.dtype)
             known = jnp.isfinite(value) & (value != 0)
-            wanted = fraction / jnp.abs(jnp.where(known, value, 1))
-            return ScaleBySharpnessState(
+            wanted = own / jnp.abs(jnp.where(known, value, 1))
+            return state._replace(
                 rate=jnp.where(known & ((state.rate == 0) | (value > 0)), wanted, state.rate),
                 sharpness=value,
                 vector=jax.tree.map(lambda x: jnp.where(known, x[0], 0), found.vectors),

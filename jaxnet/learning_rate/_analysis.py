@@ -56,21 +56,16 @@ class Analysis:
 
     @property
     def critical_batch_size(self) -> Array:
-        """B_crit = B_noise at these params, from which on larger batches buy little.
+        """B_crit = B_noise = tr(HΣ)/g·Hg at these params, from which on larger batches buy little.
 
-        tr(HΣ)/g·Hg where both are positive, S/|ḡ|² elsewhere. It grows along training; this is a snapshot.
+        NaN unless both are positive. It grows along training; this is a snapshot.
         """
-        return jnp.where(self._hessian_scale, self.curvature.noise_scale, self.noise.trace / self.noise.mean_squared)
+        return self.curvature.noise_scale
 
     @property
     def critical_batch_size_error(self) -> Array:
-        """Its standard error: over the probes of tr(HΣ), or by the jackknife over examples."""
-        probes = self.curvature.standard_error / jnp.abs(self.curvature.along_gradient)
-        return jnp.where(self._hessian_scale, probes, self.noise.standard_error)
-
-    @property
-    def _hessian_scale(self) -> Array:
-        return (self.curvature.along_gradient > 0) & (self.curvature.along_noise > 0)
+        """Its standard error, over the probes of tr(HΣ)."""
+        return self.curvature.noise_scale_error
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -234,7 +229,9 @@ class Analysis:
             (
                 "critical batch size",
                 float(self.critical_batch_size),
-                f"± {float(self.critical_batch_size_error):.2g} at these params: larger ones buy little",
+                f"± {float(self.critical_batch_size_error):.2g} at these params: larger ones buy little"
+                if np.isfinite(self.critical_batch_size)
+                else "no figure: the gradient or its noise meets no positive curvature here",
             ),
             *bracketed,
         ]
@@ -264,8 +261,9 @@ class Analysis:
                 "reason": self.reason(self.batch_sizes[-1]),
             },
             "noise": dataclasses.asdict(self.noise),
-            "curvature": {**dataclasses.asdict(self.curvature), "noise_scale": self.curvature.noise_scale},
+            "curvature": dataclasses.asdict(self.curvature),
             "critical_batch_size": self.critical_batch_size,
+            "critical_batch_size_error": self.critical_batch_size_error,
             "derived": dataclasses.asdict(self.derived),
             "batch_sizes": self.batch_sizes,
             "limits": [self.limit(size) for size in self.batch_sizes],

@@ -47,6 +47,7 @@ class _Forms:
 
     def __call__(self, batch: Any, params: ArrayTree, left: ArrayTree, right: ArrayTree) -> Array:
         one = _of_outputs if parts_known(self.loss) else _of_losses
+        left, right = (jax.tree.map(lambda p, x: x.astype(p.dtype), params, tree) for tree in (left, right))
         return lax.map(lambda pair: one(self.loss, batch, params, *pair), (left, right)).T
 
 

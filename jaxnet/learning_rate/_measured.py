@@ -1,7 +1,7 @@
 """Where training really loses stability, found from gradients alone on a ladder of rates."""
 
 import dataclasses
-import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +15,16 @@ from jax.typing import ArrayLike
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
 from jaxnet.curvature import Space
+from jaxnet.training import TrainState, ValueFn, with_extra_args, with_rate
 
-# The oscillation's growth is taken from so many steps: what negative curvature makes of rounding errors stays small.
+# The oscillation's growth is taken from so many moves: what negative curvature makes of rounding errors stays small.
 _STEPS = 12
 _FILTER_STEPS = 100
+# Updates among which one has to move the params, as `optax.MultiSteps` does after a few.
+_PATIENCE = 100
+# By what share of themselves moves may miss a sum of others, and iterates (so many at least) their recursion; networks
+# in float32 stay below .15.
+_AMISS, _FEWEST = 0.2, 6
 
 
 @jax.tree_util.register_dataclass
@@ -29,8 +35,8 @@ class MeasuredStability:
     Attributes:
       rates: (R,) ascending η.
       growth: (D, R) factor a step by which the oscillation about the fixed point grows, for D random starts; NaN
-        where the iterates do not oscillate.
-      limits: (D,) the rate at which the growth passes 1; NaN where the ladder does not hold it.
+        where the iterates do not oscillate, or follow no recursion.
+      limits: (D,) the rate at which the growth passes 1, by a root of −1; NaN where the ladder does not hold it.
       plain_loss: (R, T + 1) the loss along plain training, from step 0 on.
       plain_bracket: (2,) the largest rate up to which every run ended below its initial loss, and the next on
         the ladder, the first that failed; NaN for an end that the ladder does not hold.
@@ -77,12 +83,17 @@ def measure_stability(
     rate, without alternating; from an unfiltered start it would drown the rest.) Beside it runs plain training on E
     itself at the same rates: what it survives is not the local limit, since training moves to flatter places.
 
+    An optimizer that moves once in k updates (`optax.MultiSteps`) counts by its moves. One that reads the loss is shown
+    the tilted one; a rate that it changes by itself, as `optax.contrib.reduce_on_plateau` does, is measured as it
+    stands before, of which 6 iterates are needed.
+
     Args:
       loss: ``loss(params, batch) -> scalar``.
       params: ω₀.
       batch: the examples, all of them at each step.
-      make_optimizer: the maker, such as `optax.sgd`, called with each rate; weight decay belongs into the loss, or ω₀
-        is no fixed point.
+      make_optimizer: the maker, such as `optax.sgd`, called with each rate. Its moves are to be linear in a small
+        gradient and in the rate: weight decay belongs into the loss, or ω₀ is no fixed point; a fresh `optax.adam`
+        steps by signs, and needs an ``opt_state``.
       rates: (R,) ascending; their geometric middle should be near the limit expected.
       key: a `jax.random.key` for the random starts.
       opt_state: the state to start in, such as Adam's second moments, its momentum zero; by default a fresh one.
@@ -93,8 +104,9 @@ def measure_stability(
       A `MeasuredStability`.
 
     Raises:
-      TypeError: the params are in half precision.
-      ValueError: the rates are not ascending, positive and finite, or fewer than 3.
+      TypeError: the params are in half precision; or the optimizer's moves are not linear in a small gradient and in
+        the rate, or there are none.
+      ValueError: the rates are not ascending, positive and finite, or fewer than 3; or the state is another one's.
 
     Reference:
       The tilt: Wu, Ma & E, "How SGD Selects the Global Minima", NeurIPS 2018, section 2 (linear stability of a fixed
@@ -107,15 +119,14 @@ def measure_stability(
         raise ValueError(f"rates: expected 3 or more positive numbers in ascending order, got {rates}")
     if not np.isfinite(values).all():
         raise ValueError(f"rates: expected finite numbers, got {rates}")
-    dtype = jnp.result_type(*jax.tree.leaves(params))
-    if jnp.finfo(dtype).eps > jnp.finfo(jnp.float32).eps:
-        raise TypeError(f"params: the differences of gradients need float32 or float64, got {dtype}")
+    rounding = _rounding(params)
+    if rounding > jnp.finfo(jnp.float32).eps:
+        raise TypeError("params: the differences of gradients need float32 or float64, got leaves in half precision")
     contract.check(loss, params, batch)
-    along, plain = _ladder(
-        loss, params, batch, values.tolist(), jax.random.split(key, num_starts), make_optimizer, opt_state, num_steps
-    )
-    growth, at_minus_one = _growth(along, float(jnp.finfo(dtype).eps))
-    limits = np.array([_crossing(values, *rows) for rows in zip(growth, at_minus_one, strict=True)])
+    walks = _Walks(loss, params, batch, make_optimizer, opt_state)
+    along, plain = _ladder(walks, values.tolist(), jax.random.split(key, num_starts), num_steps)
+    growth, at_minus_one = _growth(along, rounding)
+    limits = np.array([_crossing(values, row) for row in at_minus_one])
     failed = ~(plain[:, -1] < plain[:, 0])
     first = int(np.argmax(failed)) if failed.any() else len(values)
     ends = np.concatenate([[np.nan], values, [np.nan]])
@@ -127,58 +138,114 @@ def measure_stability(
 
 def starting_distance(params: ArrayTree) -> Array:
     """How far from ω₀ gradients are told apart best: .3 √(rounding) of its length, where the two errors meet."""
-    dtype = jnp.result_type(*jax.tree.leaves(params))
-    return 0.3 * jnp.finfo(dtype).eps ** 0.5 * jnp.maximum(optax.tree.norm(params), 1)
+    return 0.3 * _rounding(params) ** 0.5 * jnp.maximum(optax.tree.norm(params), 1)
 
 
-def _ladder(
-    loss: Loss,
-    params: ArrayTree,
-    batch: ArrayTree,
-    rates: list[float],
-    keys: Array,
-    make_optimizer: MakeOptimizer,
-    opt_state: Any,
-    num_steps: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The starts' components along themselves, (D, R, steps), and plain training's losses, (R, T + 1).
+def _rounding(params: ArrayTree) -> float:
+    """That of the least precise leaf."""
+    return max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(params))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walks:
+    """An optimizer's walks about ω₀, at any rate, on the loss less ⟨tilt, ω⟩.
 
     Stepped from here and not by compiled loops: so the network compiles once, for all walks, rates and optimizers.
     """
-    slope = functools.partial(_slope, loss, params, batch)
-    at_rest, _ = _begin(make_optimizer, 1.0, params)
-    _, tilt = slope(at_rest, at_rest)
 
-    def state_at(rate: float) -> Any:
-        return _begin(make_optimizer, rate, params)[1] if opt_state is None else opt_state
+    loss: Loss
+    params: ArrayTree
+    batch: ArrayTree
+    make_optimizer: MakeOptimizer
+    opt_state: Any
+
+    def __call__(
+        self, d: ArrayTree, tilt: ArrayTree, rate: float, *, stay: bool = False
+    ) -> Iterator[tuple[ArrayTree, Array, ArrayTree]]:
+        """Where it stands, E there and the update from there; then it stays, or goes on."""
+        if self.opt_state is None:
+            state = _begin(self.make_optimizer, rate, self.params)
+        else:
+            under_way = TrainState(self.params, self.opt_state, jnp.zeros((), jnp.int32))
+            state = with_rate(self.make_optimizer, under_way, rate).opt_state
+        while True:
+            value, gradient = _slope(self.loss, self.params, self.batch, d, tilt)
+            updates, state = _update(
+                self.make_optimizer, self.loss, rate, self.params, self.batch, d, tilt, value, gradient, state
+            )
+            yield d, value, updates
+            d = d if stay else _moved(d, updates)
+
+
+def _ladder(walks: _Walks, rates: list[float], keys: Array, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The starts' components along themselves, (D, R, steps), and plain training's losses, (R, T + 1)."""
+    params, middle = walks.params, math.exp(np.log(rates).mean())
+    at_rest = optax.tree.zeros_like(params)
+    value, tilt = _slope(walks.loss, params, walks.batch, at_rest, at_rest)
+    every = _updates_a_move(
+        dataclasses.replace(walks, loss=_bowl, batch=(params, 0.1 / middle, value)), middle, keys[0]
+    )
 
     def filtered(key: Array) -> ArrayTree:
-        rate = math.exp(np.log(rates).mean()) / 2
-        d, state = _start(params, key), state_at(rate)
+        d = _start(params, key)
         for _ in range(_FILTER_STEPS):
-            d = _uphill(make_optimizer, rate, params, d, slope(d, tilt)[1], state)
+            *_, (_, _, updates) = itertools.islice(walks(d, tilt, middle / 2, stay=True), every)
+            d = _resized(params, optax.tree.sub(d, updates))
         return d
 
-    def walk(d: ArrayTree, tilt: ArrayTree, rate: float, num_steps: int) -> Iterator[tuple[ArrayTree, Array]]:
-        state = state_at(rate)
-        for _ in range(num_steps + 1):
-            value, gradient = slope(d, tilt)
-            yield d, value
-            d, state = _downhill(make_optimizer, rate, params, d, gradient, state)
+    def along(start: ArrayTree, rate: float) -> list[Array]:
+        return [_vdot(d, start) for d, *_ in itertools.islice(walks(start, tilt, rate), _STEPS * every + 1)]
 
-    starts = [filtered(key) for key in keys]
-    along = [[[_vdot(d, start) for d, _ in walk(start, tilt, rate, _STEPS)] for rate in rates] for start in starts]
-    plain = [[value for _, value in walk(at_rest, at_rest, rate, num_steps)] for rate in rates]
-    return np.array(jax.device_get(along)), np.array(jax.device_get(plain))
+    seen = [[along(start, rate) for rate in rates] for start in map(filtered, keys)]
+    plain = [
+        [value for _, value, _ in itertools.islice(walks(at_rest, at_rest, rate), num_steps + 1)] for rate in rates
+    ]
+    return np.array(jax.device_get(seen)), np.array(jax.device_get(plain))
+
+
+def _updates_a_move(bowl: _Walks, rate: float, key: Array) -> int:
+    """How many updates the optimizer takes to move once, where its moves near a fixed point are linear.
+
+    Asked on a bowl, so soft that a search of the rate lengthens its step, since the loss may have kinks.
+
+    Raises:
+      TypeError: it does not move, or its moves are not linear.
+    """
+    at_rest = optax.tree.zeros_like(bowl.params)
+    updates_at = lambda d, rate: (updates for _, _, updates in bowl(d, at_rest, rate, stay=True))
+    one, other = (_start(bowl.params, k) for k in jax.random.split(key))
+    trials = enumerate(itertools.islice(updates_at(one, rate), _PATIENCE), start=1)
+    every = next((number for number, updates in trials if optax.tree.norm(updates) > 0), None)
+    if every is None:
+        raise TypeError(
+            f"make_optimizer: none of its first {_PATIENCE} updates by a small gradient moves the params, so it has no "
+            "limit that could be measured"
+        )
+    move = lambda d, rate: next(itertools.islice(updates_at(d, rate), every - 1, None))
+    moved = move(one, rate)
+    sum_of_two = optax.tree.add(moved, move(other, rate)), move(optax.tree.add(one, other), rate)
+    for expected, found in (sum_of_two, (moved, optax.tree.scale(2, move(one, rate / 2)))):
+        if not optax.tree.norm(optax.tree.sub(found, expected)) <= _AMISS * optax.tree.norm(expected):
+            raise TypeError(
+                "make_optimizer: near a fixed point its moves are not linear in the gradient and in the rate (does it "
+                "take a sign, search its rate, decay the weights, or begin without second moments?), so that it has no "
+                "limit that could be measured; pass the opt_state of a run under way, or use range_test"
+            )
+    return every
+
+
+def _bowl(params: ArrayTree, batch: tuple[ArrayTree, Array, Array]) -> Array:
+    """½h|ω − ω₀|² + E(ω₀)."""
+    centre, curvature, value = batch
+    return 0.5 * curvature * optax.tree.norm(optax.tree.sub(params, centre), squared=True) + value
 
 
 _vdot = jax.jit(optax.tree.vdot)
 
 
 @jax.jit(static_argnames="make_optimizer")
-def _begin(make_optimizer: MakeOptimizer, rate: float, params: ArrayTree) -> tuple[ArrayTree, Any]:
-    """δ = 0 and a fresh state."""
-    return optax.tree.zeros_like(params), make_optimizer(rate).init(params)
+def _begin(make_optimizer: MakeOptimizer, rate: float, params: ArrayTree) -> Any:
+    return make_optimizer(rate).init(params)
 
 
 @jax.jit
@@ -193,25 +260,24 @@ def _slope(loss: Loss, params: ArrayTree, batch: ArrayTree, d: ArrayTree, tilt: 
     return value, optax.tree.sub(gradient, tilt)
 
 
-@jax.jit(static_argnames="make_optimizer")
-def _downhill(
-    make_optimizer: MakeOptimizer, rate: float, params: ArrayTree, d: ArrayTree, gradient: ArrayTree, state: Any
-) -> tuple[ArrayTree, Any]:
-    """δ after a step, and the optimizer's state."""
-    update = optax.with_extra_args_support(make_optimizer(rate)).update
-    updates, state = update(gradient, state, optax.tree.add(params, d))
-    return optax.apply_updates(d, updates), state
+@jax.jit(static_argnames=("make_optimizer", "loss"))
+def _update(
+    make_optimizer: MakeOptimizer, loss: Loss, rate: float, params: ArrayTree, batch: ArrayTree, d: ArrayTree,
+    tilt: ArrayTree, value: Array, gradient: ArrayTree, state: Any,
+) -> tuple[ArrayTree, Any]:  # fmt: skip
+    """The optimizer's update at ω₀ + δ, and its state; of the loss it is shown the tilted one."""
+    point = optax.tree.add(params, d)
+    tilted = lambda p: loss(p, batch) - optax.tree.vdot(tilt, optax.tree.sub(p, params))
+    return with_extra_args(make_optimizer(rate)).update(
+        gradient, state, point,
+        value=value - optax.tree.vdot(tilt, d), grad=gradient, value_fn=ValueFn(tilted, point),
+    )  # fmt: skip
 
 
-@jax.jit(static_argnames="make_optimizer")
-def _uphill(
-    make_optimizer: MakeOptimizer, rate: float, params: ArrayTree, d: ArrayTree, gradient: ArrayTree, state: Any
-) -> ArrayTree:
-    """δ after a step the other way, at its old length."""
-    updates, _ = optax.with_extra_args_support(make_optimizer(rate)).update(gradient, state, params)
-    return _resized(params, optax.tree.sub(d, updates))
+_moved = jax.jit(optax.apply_updates)
 
 
+@jax.jit
 def _resized(params: ArrayTree, d: ArrayTree) -> ArrayTree:
     return optax.tree.scale(starting_distance(params) / optax.tree.norm(d), d)
 
@@ -224,15 +290,19 @@ def _growth(along: np.ndarray, rounding: float) -> tuple[np.ndarray, np.ndarray]
     growth, at_minus_one = np.full((2, *along.shape[:-1]), np.nan)
     for index in np.ndindex(growth.shape):
         s = along[index] / along[index][0]
+        # Between two moves it stands still.
+        s = s[np.append(True, np.diff(s) != 0)]
         # What has grown by so much has left the neighbourhood in which the loss is quadratic.
         stop = int(np.argmin(np.append(np.abs(s) < 1e3, False)))
         # Near η = 1/λ_max the start is gone within the first steps, and the signs of what is left are chance.
         s = s[: min(stop, int(np.argmax(np.append(np.abs(s), 0) < 1e-4)))]
         if len(s) < 4:
             continue
-        (a, b), _, rank, _ = np.linalg.lstsq(
-            np.stack([s[1:-1], s[:-2]], axis=1), s[2:], rcond=max(1e-3, 30 * rounding**0.5)
-        )
+        # Later iterates may be those of another rate, which the optimizer has taken: as many as follow one recursion.
+        fits = [_recursion(s[:length], rounding) for length in range(len(s), min(len(s), _FEWEST) - 1, -1)]
+        missed, a, b, rank = next((fit for fit in fits if fit[0] <= 0.1 * _AMISS), min(fits))
+        if missed > _AMISS:
+            continue
         roots = np.roots([1, -a, -b])
         largest = roots[np.argmax(np.abs(roots))]
         if largest.real < 0:
@@ -241,10 +311,17 @@ def _growth(along: np.ndarray, rounding: float) -> tuple[np.ndarray, np.ndarray]
     return growth, at_minus_one
 
 
-def _crossing(rates: np.ndarray, growth: np.ndarray, at_minus_one: np.ndarray) -> float:
-    """Where the growth passes 1, between two rates that oscillate: the polynomial at −1 is linear in η."""
+def _recursion(s: np.ndarray, rounding: float) -> tuple[float, float, float, int]:
+    """What s_{t+1} = a s_t + b s_{t−1} misses, relative; a and b; and how many of them the iterates tell."""
+    sides = np.stack([s[1:-1], s[:-2]], axis=1)
+    (a, b), _, rank, _ = np.linalg.lstsq(sides, s[2:], rcond=max(1e-3, 30 * rounding**0.5))
+    return float(np.linalg.norm(sides @ (a, b) - s[2:]) / np.linalg.norm(s[2:])), float(a), float(b), int(rank)
+
+
+def _crossing(rates: np.ndarray, at_minus_one: np.ndarray) -> float:
+    """Where the root passes −1, between two rates that oscillate: the polynomial there is linear in η."""
     for i in range(len(rates) - 1):
-        if growth[i] <= 1 < growth[i + 1]:
-            low, high = at_minus_one[i : i + 2]
+        low, high = at_minus_one[i : i + 2]
+        if low >= 0 > high:
             return float(rates[i] + low / (low - high) * (rates[i + 1] - rates[i]))
     return float("nan")

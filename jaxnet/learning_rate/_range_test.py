@@ -15,7 +15,7 @@ from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, check_batch_size
 from jaxnet.data import reshuffled
 from jaxnet.learning_rate._analysis import Analysis, analyse, name_of
-from jaxnet.training import TrainState, init_state, make_update, trajectory
+from jaxnet.training import TrainState, init_state, make_update, trajectory, with_rate
 
 
 @jax.tree_util.register_dataclass
@@ -119,6 +119,12 @@ def range_test(
     has diverged where L_i is not finite, or its mean over the past is above 4 × the best so far; nothing is read off
     from there on. All steps run in one compiled scan, which other rates and params do not compile again.
 
+    Batches differ by themselves, and one that is lucky must not pass for a good rate, nor one that is not for a
+    divergence. So each batch is looked at before the step that it follows too: D_i, the sum of these differences up to
+    η_i, is what the steps have done, and L_i − D_i − E(ω₀) is the batches' noise, none for the full batch. The test has
+    diverged only where D has risen, in its mean over the past, by 3 × the best so far too; and nothing is read off
+    unless D has fallen by more than twice what that noise, up to there, leaves in S, one standard deviation.
+
     What is read off the curve depends on the range of rates and on noise; the theory's rates are those of the start.
 
     Args:
@@ -155,21 +161,18 @@ def range_test(
     params = start.params if isinstance(start, TrainState) else start
     contract.check(loss, params, data)
     rates = _check_rates(learning_rates, params)
-    fresh = init_state(params, make_optimizer(rates[0]))
-    state = start if isinstance(start, TrainState) else fresh
-    structures: list[Any] = [jax.tree.structure(s.opt_state) for s in (fresh, state)]
-    if structures[0] != structures[1]:
-        raise ValueError("start: its opt_state belongs to another optimizer; pass the same maker, or start.params")
+    state = start if isinstance(start, TrainState) else init_state(params, make_optimizer(rates[0]))
+    state = with_rate(make_optimizer, state, rates[0])
     order_key, analysis_key = jax.random.split(key)
-    first, after = _train(loss, make_optimizer, state, rates, data, order_key, batch_size, steps_per_rate)
-    diverged, smoothed = _smooth(first, after, smoothing)
+    first, after, done = _train(loss, make_optimizer, state, rates, data, order_key, batch_size, steps_per_rate)
+    diverged, smoothed, seen = _smooth(first, after, done, smoothing)
     plain = _descends_plainly(make_optimizer, params)
     if analysis is None:
         analysis = _analyse(loss, params, data, make_optimizer, batch_size, analysis_key)
     optimal, maximal = (jnp.where(plain, rate, jnp.nan) for rate in (analysis.optimal, analysis.maximal))
     same = analysis.optimizer == name_of(make_optimizer) or (plain and analysis.optimizer == "sgd")
     derived = jnp.where(same, analysis.rate(batch_size), jnp.nan)
-    steepest, tenth, valley = _suggest(rates, smoothed, diverged)
+    steepest, tenth, valley = (jnp.where(seen, rate, jnp.nan) for rate in _suggest(rates, smoothed, diverged))
     return RangeTest(
         rates, after, smoothed, first, diverged, steepest, tenth, valley, optimal, maximal, derived, batch_size
     )
@@ -209,23 +212,24 @@ def _train(
     key: Array,
     batch_size: int | None,
     steps_per_rate: int,
-) -> tuple[Array, Array]:
-    """The loss at the start, and (R,) the mean loss after the steps at each rate."""
+) -> tuple[Array, Array, Array]:
+    """The loss at the start; (R,) the mean loss after the steps at each rate, and what all steps so far did to it."""
     num_steps = rates.size * steps_per_rate
     # One batch more than steps: what a step did is seen on the next.
     batches = _batches(key, contract.num_examples(data), batch_size, num_steps + 1)
     batch_of = lambda rows: data if batch_size is None else jax.tree.map(lambda x: x[rows], data)
 
-    def step(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Any]:
-        rate, rows = inputs
-        state = state._replace(opt_state=_with_rate(state.opt_state, rate))
-        return make_update(loss, make_optimizer(rate))(state, batch_of(rows))
+    def step(state: TrainState, inputs: tuple[Array, Array, Array]) -> tuple[TrainState, Any]:
+        rate, rows, coming = inputs
+        start = state.params
+        state, metrics = make_update(loss, make_optimizer(rate))(with_rate(make_optimizer, state, rate), batch_of(rows))
+        return state, (metrics["loss"], metrics["loss"] if batch_size is None else loss(start, batch_of(coming)))
 
     of_step = jnp.repeat(rates, steps_per_rate)
-    state, metrics = trajectory(step, state, (of_step, batches[:-1]))
-    before = metrics["loss"]
+    state, (before, unmoved) = trajectory(step, state, (of_step, batches[:-1], batches[1:]))
     after = jnp.append(before[1:], loss(state.params, batch_of(batches[-1])))
-    return before[0], after.reshape(-1, steps_per_rate).mean(axis=1)
+    of_rate = lambda values: values.reshape(-1, steps_per_rate).mean(axis=1)
+    return before[0], of_rate(after), of_rate(jnp.cumsum(after - unmoved))
 
 
 def _batches(key: Array, n: int, batch_size: int | None, count: int) -> Array:
@@ -238,27 +242,28 @@ def _batches(key: Array, n: int, batch_size: int | None, count: int) -> Array:
     return rows.reshape(-1, batch_size)[:count]
 
 
-def _with_rate(opt_state: Any, rate: Array) -> Any:
-    # optax.inject_hyperparams keeps the rate in its state, where a new maker does not reach it.
-    held = lambda path, _: any(getattr(entry, "name", None) == "hyperparams" for entry in path)
-    names = [path for path, _ in optax.tree.get_all_with_path(opt_state, "learning_rate", held)]
-    return optax.tree.set(opt_state, held, learning_rate=rate) if names else opt_state
-
-
 @jax.jit
-def _smooth(first: Array, after: Array, smoothing: Array | float) -> tuple[Array, Array]:
-    """The index at which the losses after the first have diverged, and S up to there."""
-    values = jnp.append(first, after)
-    index, known = jnp.arange(values.size), jnp.isfinite(values)
+def _smooth(first: Array, after: Array, done: Array, smoothing: Array | float) -> tuple[Array, Array, Array]:
+    """The index at which the losses after the first have diverged, S up to there, and whether its fall is seen."""
+    values, steps = jnp.append(first, after), jnp.append(0, done)
+    index, known = jnp.arange(values.size), jnp.isfinite(values) & jnp.isfinite(steps)
     weights = smoothing ** jnp.abs(index - index[:, None])
-    mean = lambda weights: weights @ jnp.where(known, values, 0) / weights.sum(axis=1)
-    so_far = mean(jnp.tril(weights))
+    mean = lambda weights, values: weights @ jnp.where(known, values, 0) / weights.sum(axis=1)
+    so_far, moved = (mean(jnp.tril(weights), x) for x in (values, steps))
     best = lax.cummin(so_far)
     # 4 × the best, in words that hold for a loss below 0 too.
-    bad = ~known | (so_far > best + 3 * jnp.abs(best))
+    much = 3 * jnp.abs(best)
+    bad = ~known | ((so_far > best + much) & (moved > lax.cummin(moved) + much))
     end = jnp.where(bad.any(), jnp.argmax(bad), values.size)
-    smoothed = jnp.where(index < end, mean(jnp.where(index < end, weights, 0)), jnp.nan)
-    return jnp.maximum(end - 1, 0), smoothed[1:]
+    good = index < end
+    kept = jnp.where(good, weights, 0)
+    smoothed = jnp.where(good, mean(kept, values), jnp.nan)
+    left = jnp.sqrt((kept**2).sum(axis=1)) / kept.sum(axis=1)
+    # As the steps go down: what they do later makes noise of its own.
+    lowest = jnp.argmin(jnp.where(good, steps, jnp.inf))
+    noise = left[lowest] * jnp.std(values - steps, where=index <= lowest)
+    seen = -steps[lowest] > 2 * noise
+    return jnp.maximum(end - 1, 0), smoothed[1:], seen
 
 
 @jax.jit

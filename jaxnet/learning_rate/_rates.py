@@ -111,8 +111,19 @@ class NoisyCurvature:
 
     @property
     def noise_scale(self) -> Array:
-        """B_noise = tr(HΣ)/g·Hg."""
-        return self.along_noise / self.along_gradient
+        """B_noise = tr(HΣ)/g·Hg, from which batch size on larger ones buy little; NaN unless noise and gradient both
+        meet positive curvature, without which neither says what a step loses.
+        """
+        return self._over_gradient(self.along_noise)
+
+    @property
+    def noise_scale_error(self) -> Array:
+        """Its standard error, over the probes of tr(HΣ)."""
+        return self._over_gradient(self.standard_error)
+
+    def _over_gradient(self, value: Array) -> Array:
+        known = (self.along_gradient > 0) & (self.along_noise >= 0)
+        return jnp.where(known, value / self.along_gradient, jnp.nan)
 
 
 @contract.takes_loss

@@ -82,6 +82,11 @@ def collect(role: str, state: Any) -> list[Any]:
     return found
 
 
+def elements(tree: Any) -> Array:
+    """All numbers of a tree in one row; a leaf may have none."""
+    return jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
+
+
 def filled(value: float, tree: Any) -> Any:
     """A tree of one number."""
     return jax.tree.map(lambda x: jnp.full_like(x, value), tree)
@@ -102,7 +107,7 @@ def frozen(update: Update, state: Any, wanted: Any, params: ArrayTree) -> Any:
 def linearise(update: Update, frozen: Any, params: ArrayTree) -> Linear:
     """(δg, δm, δω) → (δu, δm′) about no gradient and no momentum, where averages of squares stand still.
 
-    A number stands for a pytree filled with it.
+    A number stands for a pytree filled with it. Another precision is rounded to that of the place.
     """
 
     def step(g: ArrayTree, momentum: list[ArrayTree], p: ArrayTree) -> tuple[ArrayTree, list[ArrayTree]]:
@@ -112,7 +117,8 @@ def linearise(update: Update, frozen: Any, params: ArrayTree) -> Linear:
 
     origin = (filled(0, params), filled(0, collect("momentum", frozen)), params)
     tangent = jax.linearize(step, *origin)[1]
-    tree = lambda x, like: filled(x, like) if isinstance(x, int) else x
+    rounded = lambda x, like: jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), x, like)
+    tree = lambda x, like: filled(x, like) if isinstance(x, int) else rounded(x, like)
     return lambda *given: tangent(*map(tree, given, origin))
 
 
@@ -169,13 +175,15 @@ def own_rate(update: Update, opt_state: Any, params: ArrayTree) -> tuple[Array, 
 
     # Twice, so that what is no root of a second moment, or not corrected yet, shows.
     rates, others = at(2.0**48, 2**30), at(2.0**44, 2**29)
-    rate = jnp.stack([x.max() for x in jax.tree.leaves(rates)]).max()
-    differ = lambda x: jnp.where(x == 0, 0, jnp.abs(x - rate)).max()
-    return rate, jnp.stack([differ(x) for x in jax.tree.leaves((rates, others))]).max()
+    rate, seen = elements(rates).max(), elements((rates, others))
+    return rate, jnp.where(seen == 0, 0, jnp.abs(seen - rate)).max()
 
 
 def nonlinearity(update: Update, opt_state: Any, params: ArrayTree, grad: ArrayTree) -> Array:
-    """How far the next update is from linear, element by element, in all but its second moments; relative."""
+    """How far the next update is from linear, element by element, in all but its second moments; relative.
+
+    In the least precise dtype of the params, whose rounding tells what is none.
+    """
     updates, after = update(grad, opt_state, params)
     # The linear part is taken about no gradient and no momentum, with the second moments that the step leads to. What a
     # linear update with those moments would do is then known before it is compared with what the optimizer does do: a
@@ -188,7 +196,8 @@ def nonlinearity(update: Update, opt_state: Any, params: ArrayTree, grad: ArrayT
     pairs = ((updates, expected), (linear(grad, 0, 0)[0], by_element))
     apart = [optax.tree.norm(optax.tree.sub(a, b)) for a, b in pairs]
     size = optax.tree.norm(updates)
-    return jnp.stack(apart).max() / jnp.where(size == 0, 1, size)
+    least_precise = max((x.dtype for x in jax.tree.leaves(params)), key=lambda dtype: jnp.finfo(dtype).eps)
+    return (jnp.stack(apart).max() / jnp.where(size == 0, 1, size)).astype(least_precise)
 
 
 def merged(momenta: list[ArrayTree], none: ArrayTree) -> ArrayTree:

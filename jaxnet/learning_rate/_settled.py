@@ -17,6 +17,7 @@ from jaxnet.learning_rate._response import (
     check_momenta,
     collect,
     driven,
+    elements,
     filled,
     frozen,
     is_masked,
@@ -88,8 +89,7 @@ def _recursions(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Recur
 
     def extreme(f: Callable[..., Array], otherwise: float) -> Recursion:
         # What is not trained has no part in it.
-        leaves = lambda tree: jax.tree.map(lambda x, s: f(jnp.where(s == 0, otherwise, x)), tree, steady)
-        return Recursion(*(f(jnp.stack(jax.tree.leaves(leaves(tree)))) for tree in parts))
+        return Recursion(*(f(jnp.where(elements(steady) == 0, otherwise, elements(tree))) for tree in parts))
 
     return extreme(jnp.min, jnp.inf), extreme(jnp.max, -jnp.inf)
 
@@ -136,7 +136,7 @@ def at_height(update: Update, state: Any, params: ArrayTree) -> Any:
     counts = jnp.append(0, 2 ** jnp.arange(_SCHEDULED.bit_length()))
     # By no weights, which decay would move, and within what a clip lets through.
     one, none = filled(SMALL, params), filled(0, params)
-    height = lambda count: optax.tree.max(jax.tree.map(jnp.abs, update(one, at(count), none)[0]))
+    height = lambda count: jnp.abs(elements(update(one, at(count), none)[0])).max()
     return at(counts[lax.map(height, counts).argmax()])
 
 
@@ -196,14 +196,14 @@ def check_proportional(make_optimizer: MakeOptimizer, params: ArrayTree) -> None
         raise TypeError(
             f"make_optimizer: {name} is not linear in the gradient (does it divide by a norm?); use range_test"
         )
-    for ratio in map(float, jax.tree.leaves(ratios)):
+    for ratio in map(float, ratios):
         # 1 without second moments, 2 by their root, 0/0 where nothing is trained.
         if not (abs(ratio - 1) < 1e-2 or abs(ratio - 2) < 1e-2 or ratio != ratio):
             raise TypeError(f"make_optimizer: {name} does not divide by the root of a second moment; use range_test")
 
 
 @jax.jit(static_argnums=0)
-def _tried(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Array, Array, Array, ArrayTree]:
+def _tried(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Array, Array, Array, list[Array]]:
     """The least and the largest step; how far one by next to no gradient is from linear; and each leaf's step beside
     second moments of one size over that beside four times as large ones.
     """
@@ -217,8 +217,8 @@ def _tried(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Array, Arr
     length = optax.tree.norm(filled(1, params))
     nonlinear = nonlinearity(update, state, params, optax.tree.scale(1e-3 / length, filled(1, params)))
     return (
-        optax.tree.min(small),
-        optax.tree.max(small),
+        elements(small).min(),
+        elements(small).max(),
         nonlinear,
-        jax.tree.map(lambda a, b: a.max() / b.max(), small, large),
+        [a.max() / b.max() for a, b in zip(*map(jax.tree.leaves, (small, large)), strict=True) if a.size],
     )

@@ -9,7 +9,7 @@ from jax import lax
 from jax.scipy.special import erf
 
 from jaxnet.contract import Array, ArrayTree, MakeOptimizer
-from jaxnet.learning_rate._response import Update, by_role, collect, filled, merged
+from jaxnet.learning_rate._response import Update, by_role, collect, elements, filled, merged
 from jaxnet.learning_rate._settled import SMALL, Response, after_long, at_height, unit
 
 # Halvings of an interval in which the momentum's weight beside the gradient's lies.
@@ -55,7 +55,7 @@ def takes_sign(make_optimizer: MakeOptimizer, params: ArrayTree) -> Array:
     same = [(x == y).all() for u in updates[1:] for x, y in zip(*map(jax.tree.leaves, (updates[0], u)), strict=True)]
     one, two = (update(none, held, filled(times, params))[0] for times in (1, 2))
     decays = [jnp.allclose(2 * x, y) for x, y in zip(*map(jax.tree.leaves, (one, two)), strict=True)]
-    down = (optax.tree.max(updates[0]) <= 0) & (optax.tree.min(updates[0]) < 0)
+    down = (elements(updates[0]).max() <= 0) & (elements(updates[0]).min() < 0)
     return even.all() & jnp.stack(same).all() & jnp.stack(decays).all() & down
 
 

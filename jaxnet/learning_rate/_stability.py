@@ -18,6 +18,7 @@ from jaxnet.learning_rate._response import (
     check_momenta,
     collect,
     driven,
+    elements,
     frozen,
     linearise,
     nonlinearity,
@@ -188,8 +189,8 @@ def _respond(
     return _Response(
         root=jax.tree.map(jnp.sqrt, response),
         decay=decay,
-        least=optax.tree.min(response),
-        largest=optax.tree.max(response),
+        least=elements(response).min(),
+        largest=elements(response).max(),
         finite=jnp.isfinite(optax.tree.sum((response, decay))),
         rate=rate,
         spread=spread,

@@ -1,9 +1,10 @@
 """The update rule and the training loop: one rule, three batch sizes."""
 
 from jaxnet.training._fit import Best, FitProgress, FitResult, History, Stopped, fit, sweep
+from jaxnet.training._optimizer import ValueFn, with_extra_args
 from jaxnet.training._program import StopRule
 from jaxnet.training._trajectory import trajectory
-from jaxnet.training._update import TrainState, init_state, make_update
+from jaxnet.training._update import TrainState, init_state, make_update, with_rate
 
 __all__ = [
     "Best",
@@ -13,11 +14,14 @@ __all__ = [
     "StopRule",
     "Stopped",
     "TrainState",
+    "ValueFn",
     "fit",
     "init_state",
     "make_update",
     "sweep",
     "trajectory",
+    "with_extra_args",
+    "with_rate",
 ]
 
 

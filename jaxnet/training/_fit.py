@@ -14,6 +14,7 @@ from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, Observer, check_batch_size
 from jaxnet.data import Order, reshuffled
 from jaxnet.training import _program
+from jaxnet.training._optimizer import check_state, renewed
 from jaxnet.training._program import Augment, Metric, StopRule
 from jaxnet.training._update import TrainState, init_state
 
@@ -124,6 +125,7 @@ def fit(
       loss: ``loss(params, batch) -> scalar``, a mean over the batch.
       start: params, or a `TrainState` at the end of an epoch to go on from. The data's order is a function of (key,
         step), so a run that goes on with the same key and batch size is the same run; ``stop`` and ``best`` begin anew.
+        A rate that its state keeps (`optax.inject_hyperparams`) gives way to ``learning_rate``; see `with_rate`.
       data: a pytree of arrays with a leading axis N; or a data set in batches (see `jaxnet.dataset`): a pass over it is
         an epoch, its batches are the steps, in its own order, and one that is smaller counts by its size.
       make_optimizer: the maker, such as `optax.sgd`: called with the rate, inside the compiled program.
@@ -163,6 +165,8 @@ def fit(
     rate = jnp.zeros(()) if program.schedule else _check_rates(learning_rate, state.params)
     if jnp.ndim(rate):
         raise ValueError(f"learning_rate: expected one number, got shape {jnp.shape(rate)}; see sweep for several")
+    if isinstance(start, TrainState) and not program.schedule:
+        state = state._replace(opt_state=renewed(make_optimizer, state.opt_state, state.params, rate))
     # What looks on between epochs, or brings the data, is on the host.
     one_by_one = bool(observers) or dataset.on_host(data, validation)
     block = dataclasses.replace(program, num_epochs=1) if one_by_one else program
@@ -300,10 +304,7 @@ def _check_rates(rates: Any, params: ArrayTree) -> Array:
 
 
 def _check_resumed(state: TrainState, program: _program.Program, data: Any) -> None:
-    wanted = jax.eval_shape(program.make_optimizer(program.schedule or 1.0).init, state.params)
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, state.opt_state)]
-    if structures[0] != structures[1]:
-        raise ValueError("start: its opt_state belongs to another optimizer; go on with the same, or from start.params")
+    check_state(program.make_optimizer, program.schedule or 1.0, state.opt_state, state.params)
     steps = 1 if dataset.on_host(data) else program.steps_per_epoch(contract.num_examples(data))
     if int(state.step) % steps:
         raise ValueError(

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnet.contract import Array, ArrayTree, Loss, check_params
+from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, check_params
+from jaxnet.training._optimizer import ValueFn, check_state, renewed, with_extra_args
 
 Metrics: TypeAlias = dict[str, Array]
 
@@ -37,6 +38,25 @@ def init_state(params: ArrayTree, optimizer: optax.GradientTransformation) -> Tr
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
+def with_rate(make_optimizer: MakeOptimizer, state: TrainState, learning_rate: Any) -> TrainState:
+    """``state`` to go on from at another rate, for `trajectory` or a loop of one's own; `fit` does it by itself.
+
+    An optimizer wrapped in `optax.inject_hyperparams` steps by the rate that its state keeps, not by the one it is
+    made with. What is kept there and depends on the rate becomes what a fresh state would hold; other hyperparameters,
+    and schedules, stay.
+
+    Args:
+      make_optimizer: the maker, such as ``optax.inject_hyperparams(optax.sgd)``.
+      state: the `TrainState`.
+      learning_rate: a number.
+
+    Raises:
+      ValueError: the state belongs to another optimizer.
+    """
+    check_state(make_optimizer, learning_rate, state.opt_state, state.params)
+    return state._replace(opt_state=renewed(make_optimizer, state.opt_state, state.params, learning_rate))
+
+
 def make_update(
     loss: Loss, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, ArrayTree], tuple[TrainState, Metrics]]:
@@ -46,7 +66,9 @@ def make_update(
 
     Args:
       loss: ``loss(params, batch) -> scalar``.
-      optimizer: any optax transformation. ``value``, ``grad`` and ``value_fn`` are handed to those that ask.
+      optimizer: any optax transformation. ``value``, ``grad`` and ``value_fn`` are handed to those that ask, through
+        wrappers too; under `optax.masked` or `optax.partition` ``value_fn`` is a function of the params that are shown,
+        the others held. `optax.lookahead`, which steps a pair of params, is refused.
 
     Returns:
       ``update(state, batch) -> (state, metrics)``, pure; ``metrics["loss"]`` is the loss before the step.
@@ -67,8 +89,20 @@ def apply_gradient(
     value_fn: Callable[[ArrayTree], Array],
 ) -> tuple[TrainState, Metrics]:
     """The update once the gradient is known."""
-    updates, opt_state = optax.with_extra_args_support(optimizer).update(
-        grad, state.opt_state, state.params, value=value, grad=grad, value_fn=value_fn
-    )
+    _check_one_copy(state.opt_state)
+    whole = ValueFn(value_fn, state.params)
+    updates, opt_state = with_extra_args(optimizer).update(
+        grad, state.opt_state, state.params,
+        value=value, grad=grad, value_fn=whole, grad_fn=lambda params, _: jax.grad(whole)(params),
+    )  # fmt: skip
     params = optax.apply_updates(state.params, updates)
     return TrainState(params, opt_state, state.step + 1), {"loss": value}
+
+
+def _check_one_copy(opt_state: Any) -> None:
+    pair = lambda node: isinstance(node, optax.LookaheadState)
+    if any(map(pair, jax.tree.leaves(opt_state, is_leaf=pair))):
+        raise TypeError(
+            "optimizer: optax.lookahead steps a pair of params, fast and slow, of which loss(params, batch) knows one; "
+            "take its fast optimizer alone"
+        )

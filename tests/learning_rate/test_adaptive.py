@@ -227,6 +227,68 @@ def test_in_an_equinox_loop():
     assert values[-1] < 0.5 * values[0]
 
 
+MIXING = jax.random.normal(KEY, (6, 5)) * jnp.array([1, 1, 1, 1, 3])
+PARTS = {"u": jnp.array([1.0, -2.0, 0.5]), "none": None, "v": jnp.array([0.3, 1.0])}
+LABELS = {"u": "x", "none": None, "v": "y"}
+
+
+def coupled(params, batch):
+    """½|A(u, v)|²/6 with Hessian A'A/6; it takes whole params only."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, PARTS)
+    return 0.5 * jnp.mean((batch @ jnp.append(params["u"], params["v"])) ** 2)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_of_a_block_it_follows_the_blocks_curvature(masked):
+    """λ_max of the rows and columns of A'A/6 that belong to what it steps."""
+    follow = sharpness_sgd(key=KEY, fraction=1.0, momentum=0.0)
+    if masked:
+        optimizer = optax.masked(follow, {"u": True, "none": None, "v": False})
+    else:
+        optimizer = optax.partition({"x": follow, "y": optax.sgd(0.05)}, LABELS)
+    dense = np.asarray(MIXING, np.float64).T @ np.asarray(MIXING, np.float64) / 6
+    block = np.linalg.eigvalsh(dense[:3, :3])[-1]
+    assert block < 0.9 * np.linalg.eigvalsh(dense)[-1]
+    result = training.fit(
+        coupled, PARTS, MIXING, lambda rate: optimizer, learning_rate=1.0, batch_size=None, num_epochs=1, key=KEY
+    )
+    state = optax.tree.get(result.state.opt_state, "sharpness")
+    np.testing.assert_allclose(state, block, rtol=0.05)
+    moved = -jax.grad(coupled)(PARTS, MIXING)["u"] / state
+    np.testing.assert_allclose(result.state.params["u"] - PARTS["u"], moved, rtol=1e-5)
+    # By hand it needs to be told of the others, and says so.
+    gradient = jax.grad(coupled)(PARTS, MIXING)
+    value_fn = lambda params: coupled(params, MIXING)
+    with pytest.raises(ValueError, match=r"value_fn=jaxnet.training.ValueFn\(value_fn, params\)"):
+        optimizer.update(gradient, optimizer.init(PARTS), PARTS, value_fn=value_fn)
+    told = training.ValueFn(value_fn, PARTS)
+    updates, _ = optimizer.update(gradient, optimizer.init(PARTS), PARTS, value_fn=told)
+    np.testing.assert_allclose(updates["u"], moved, rtol=1e-5)
+
+
+def test_two_blocks_followed_apart_are_stable_at_half_of_the_limit():
+    """P^-½HP^-½ has no eigenvalue above 2 for two blocks, so below a fraction of 1 the loss falls at each step."""
+    follow = lambda: sharpness_sgd(key=KEY, fraction=0.9, momentum=0.0)
+    make = lambda rate: optax.partition({"x": follow(), "y": follow()}, LABELS)
+    twins = jnp.ones((1, 5)) + 0.01 * MIXING
+    found = training.fit(coupled, PARTS, twins, make, learning_rate=1.0, batch_size=None, num_epochs=20, key=KEY)
+    assert (np.diff(found.history.loss) < 0).all()
+
+
+def test_a_new_fraction_is_taken_at_once():
+    make = lambda fraction: sharpness_sgd(key=KEY, fraction=fraction, momentum=0.0, every=1000)
+    fit = lambda start, fraction: (
+        training.fit(
+            quadratic, start, jnp.ones(1), make, learning_rate=fraction, batch_size=None, num_epochs=1, key=KEY
+        ).state
+    )
+    state = fit(PARAMS, 1.0)
+    after = fit(state, 0.01)
+    assert int(after.opt_state[0].num_checks) == 1
+    gradient = jax.grad(quadratic)(state.params)["w"]
+    np.testing.assert_allclose(after.params["w"], state.params["w"] - 0.01 / 5 * gradient, rtol=1e-3)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="fraction: expected positive"):
         scale_by_sharpness(key=KEY, fraction=0.0)

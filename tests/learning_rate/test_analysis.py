@@ -165,6 +165,20 @@ def test_it_says_why(analysed):
     assert float(found.critical_batch_size_error) < float(found.critical_batch_size)
 
 
+def test_one_figure_for_the_noise_scale_wherever_it_is_shown(analysed):
+    found, key = analysed[-1], "critical_batch_size"
+    negative = dataclasses.replace(
+        found.curvature, along_gradient=-found.curvature.along_gradient, along_noise=-found.curvature.along_noise
+    )
+    for one in (found, dataclasses.replace(found, curvature=negative)):
+        table = {name: (value, remark) for name, value, remark in one.rows()}["critical batch size"]
+        kept = one.to_dict()
+        np.testing.assert_array_equal([table[0], kept[key]], [one.curvature.noise_scale] * 2)
+        np.testing.assert_array_equal(kept[f"{key}_error"], one.curvature.noise_scale_error)
+        assert np.isnan(table[0]) == table[1].startswith("no figure") == (one is not found)
+        assert "noise_scale" not in kept["curvature"]
+
+
 OPTIMIZERS = {
     "momentum": functools.partial(optax.sgd, momentum=0.9),
     "adamw": optax.adamw,

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxnet import data, learning_rate, losses, nn
+from jaxnet import curvature, data, learning_rate, losses, nn
 
 KEY = jax.random.key(0)
 LADDER = 2.0 ** np.arange(-1.5, 2.01, 0.25)
@@ -75,6 +75,75 @@ def test_adam_in_a_state_that_it_is_given(x64):
     )
     # Over a dozen steps ν loses 1 %.
     np.testing.assert_allclose(ladder.limits, 38 / 2.5, rtol=0.01)
+
+
+DIAGONAL = jnp.diag(jnp.sqrt(3 * jnp.array([5.0, 2.0, 1.0])))  # Hessian diag(5, 2, 1)
+OF_DIAGONAL = functools.partial(
+    learning_rate.measure_stability, quadratic, jnp.ones(3), DIAGONAL, rates=0.4 * LADDER, key=KEY, num_steps=2
+)
+AS_SGD = {
+    "every second step": lambda rate: optax.MultiSteps(optax.sgd(rate), 2),
+    "every fourth": lambda rate: optax.MultiSteps(optax.sgd(rate), 4).gradient_transformation(),
+    "at most that rate": optax.polyak_sgd,
+    "reduced after ten": lambda rate: optax.chain(optax.sgd(rate), optax.contrib.reduce_on_plateau()),
+    "reduced after five": lambda rate: optax.chain(
+        optax.sgd(rate), optax.contrib.reduce_on_plateau(factor=0.5, patience=5)
+    ),
+    "of its own curvature": lambda rate: learning_rate.sharpness_sgd(key=KEY, fraction=5 * rate, momentum=0.0),
+    "named in its state": optax.inject_hyperparams(optax.sgd),
+}
+
+
+@pytest.mark.parametrize("name", AS_SGD)
+def test_an_optimizer_that_moves_as_sgd_has_its_limit(name):
+    """By its moves the distance along the sharpest direction is multiplied by 1 − 5η: 2/5."""
+    np.testing.assert_allclose(OF_DIAGONAL(AS_SGD[name]).limits, 0.4, rtol=5e-3)
+
+
+def test_a_rate_in_a_state_that_is_given_is_the_ladders():
+    make = optax.inject_hyperparams(optax.sgd)
+    found = OF_DIAGONAL(make, opt_state=make(learning_rate=1e-3).init(jnp.ones(3)))
+    np.testing.assert_allclose(found.limits, 0.4, rtol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        optax.adam,
+        optax.lion,
+        optax.sign_sgd,
+        optax.lbfgs,
+        lambda rate: optax.sgd(0.1),
+        lambda rate: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(rate)),
+        lambda rate: optax.noisy_sgd(rate, key=0),
+        lambda rate: optax.chain(optax.normalize_by_update_norm(), optax.sgd(rate)),
+    ],
+)
+def test_what_is_not_linear_near_a_fixed_point_is_refused(make):
+    with pytest.raises(TypeError, match=r"make_optimizer: .* not linear in the gradient and in the rate"):
+        OF_DIAGONAL(make)
+
+
+def test_what_never_moves_is_refused():
+    with pytest.raises(TypeError, match="none of its first 100 updates"):
+        OF_DIAGONAL(lambda rate: optax.set_to_zero())
+
+
+def test_what_follows_no_recursion_has_no_limit():
+    """Rates that go up and down by a factor of 30."""
+    uneven = lambda rate: optax.sgd(lambda count: rate * jnp.where(count % 3 == 0, 1.0, 0.03))
+    assert np.isnan(OF_DIAGONAL(uneven).limits).all()
+
+
+def test_momentum_on_a_network_is_measured_at_its_own_limit():
+    inputs, labels = jax.tree.map(lambda x: x[:200], data.digits())
+    model = nn.mlp([16, 10])
+    params = model.init(KEY, (64,))
+    loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
+    make = functools.partial(optax.sgd, momentum=0.9)
+    limit = 3.8 / curvature.sharpness(loss, params, (inputs, labels), key=KEY).value
+    found = learning_rate.measure_stability(loss, params, (inputs, labels), make, rates=limit * LADDER, key=KEY)
+    np.testing.assert_allclose(found.limits, limit, rtol=0.02)
 
 
 def test_another_optimizer_and_other_rates_trace_the_network_no_more():

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jaxnet import training
-from jaxnet.learning_rate import analyse, stability
+from jaxnet.learning_rate import analyse, measure_stability, stability
 
 KEY = jax.random.key(0)
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
@@ -79,3 +79,27 @@ def test_analyse(name):
     assert np.isnan(low)
     assert found.limit(8) <= high
     assert found.is_stable(0.01 * float(found.rate(8)), 8) == "not resolved"
+
+
+def test_an_empty_leaf_and_two_precisions(x64):
+    """The limit is that of the dense Hessian of what is there, 2/5, by each of the three roads."""
+    params = {"w": PARAMS["w"].astype(jnp.float64), "v": PARAMS["v"].astype(jnp.float32), "none": jnp.zeros((0, 3))}
+    batch = BATCH.astype(jnp.float64)
+    state = optax.sgd(0.1).init(params)
+    np.testing.assert_allclose(stability(loss, params, batch, optax.sgd(0.1), state, key=KEY).limit, 2 / 5, rtol=1e-3)
+    found = analyse(loss, params, batch, key=KEY, batch_sizes=[8, len(batch)], second_moments=False)
+    np.testing.assert_allclose(found.limit(None), 2 / 5, rtol=1e-3)
+    assert 0 < found.rate(8) < found.limit(8)
+    ladder = 2 / 5 * np.geomspace(0.5, 2, 9)
+    measured = measure_stability(loss, params, batch, optax.sgd, rates=ladder, key=KEY, num_steps=2)
+    np.testing.assert_allclose(measured.limits, 2 / 5, rtol=5e-3)
+
+
+def test_some_leaves_in_half_precision_are_refused():
+    params = {"w": PARAMS["w"], "v": PARAMS["v"].astype(jnp.bfloat16)}
+    for refused in (
+        lambda: stability(loss, params, BATCH, optax.sgd(0.1), optax.sgd(0.1).init(params), key=KEY),
+        lambda: measure_stability(loss, params, BATCH, optax.sgd, rates=[0.1, 0.4, 0.9], key=KEY),
+    ):
+        with pytest.raises(TypeError, match="params.*float32 or float64"):
+            refused()

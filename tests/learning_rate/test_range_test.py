@@ -130,6 +130,37 @@ def test_a_start_without_a_finite_loss_has_diverged_at_once():
     assert np.isnan([found.steepest, found.valley, found.tenth_of_minimum]).all()
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("start", [0.0, 0.05])
+def test_noise_alone_neither_diverges_nor_suggests(batch_size, start):
+    """mean(c_n) + ½w² with heavy-tailed c: at w = 0 no rate changes anything, at .05 less than c does by itself."""
+    loss = lambda w, c: jnp.mean(c) + 0.5 * jnp.sum(w**2)
+    values = jnp.asarray(np.random.default_rng(0).pareto(1.1, 400), jnp.float32)
+    params, stable = jnp.full(1, start), np.geomspace(1e-3, 1.9, 60)
+    analysis = learning_rate.analyse(loss, params, values, key=KEY, batch_sizes=[batch_size], second_moments=False)
+    for seed in range(10):
+        key = jax.random.key(seed)
+        options = {"learning_rates": stable, "batch_size": batch_size, "key": key, "analysis": analysis}
+        found = range_test(loss, params, values, optax.sgd, **options)
+        assert found.diverged == 60
+        assert np.isnan([found.steepest, found.tenth_of_minimum, found.valley]).all()
+
+
+def test_noise_does_not_hide_a_divergence():
+    """Least squares on Gaussian inputs in d dimensions: the mean square grows beyond 2B/(B + d + 1)."""
+    keys = jax.random.split(KEY, 2)
+    inputs = jax.random.normal(keys[0], (400, 10))
+    batch = inputs, inputs.sum(axis=1) + 0.5 * jax.random.normal(keys[1], (400,))
+    loss = lambda w, batch: 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+    analysis = learning_rate.analyse(loss, jnp.zeros(10), batch, key=KEY, batch_sizes=[4], second_moments=False)
+    options = {"learning_rates": np.geomspace(1e-4, 10, 60), "batch_size": 4, "analysis": analysis}
+    for seed in range(10):
+        found = range_test(loss, jnp.zeros(10), batch, optax.sgd, key=jax.random.key(seed), **options)
+        # At a rate that rises by a fifth a step it takes some to show.
+        assert 1 < found.diverged_rate / (2 * 4 / (4 + 11)) < 10
+        assert np.isfinite([found.steepest, found.tenth_of_minimum, found.valley]).all()
+
+
 def test_a_loss_below_zero_may_fall_by_any_factor():
     found = prescribed([-1.0, -1.5, -3.0, -2.0, -1.5], np.geomspace(0.1, 1, 4))
     assert found.diverged == 4

@@ -89,6 +89,22 @@ def test_the_rate_for_a_batch_size_is_best_for_one_step_on_a_quadratic(x64):
         np.testing.assert_allclose(rate, best, rtol=0.05)
 
 
+@pytest.mark.parametrize("signs", [(-1, -1), (1, -1), (-1, 1), (1, 1)])
+def test_the_noise_scale_has_a_figure_where_both_curvatures_are_positive(signs, x64):
+    """½(s₁ω₁² + s₂ω₂²) on data that scatter along ω₂ with variance v: g·Hg = s₁, tr(HΣ) = s₂v at ω = (1, 0)."""
+    scatter = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+    batch = jnp.stack([jnp.zeros(5), jnp.asarray(scatter)], axis=1)
+    bent = lambda w, x: jnp.mean(0.5 * (signs[0] * (w[0] - x[:, 0]) ** 2 + signs[1] * (w[1] - x[:, 1]) ** 2))
+    found = learning_rate.noisy_curvature(bent, jnp.array([1.0, 0.0]), batch, key=jax.random.key(0), num_probes=400)
+    np.testing.assert_allclose(found.along_gradient, signs[0])
+    error = found.standard_error
+    assert abs(found.along_noise - signs[1] * scatter.var(ddof=1)) < 4 * error
+    if min(signs) < 0:
+        assert np.isnan([found.noise_scale, found.noise_scale_error]).all()
+    else:
+        np.testing.assert_allclose([found.noise_scale, found.noise_scale_error], [found.along_noise, error])
+
+
 def test_for_batch_size_has_its_two_ends():
     rates = learning_rate.for_batch_size(2.0, 10.0, jnp.array([1, 10, 10**9]))
     np.testing.assert_allclose(rates, [2 / 11, 1.0, 2.0], rtol=1e-6)

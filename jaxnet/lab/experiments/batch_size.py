@@ -148,7 +148,7 @@ def _steps_to(
     target: float, params: Any, batch: Any, batch_sizes: tuple[int, ...], num_runs: int, key: Array
 ) -> tuple[dict[str, float], np.ndarray]:
     """B_crit = E_min/S_min, predicted from B_noise and measured; and the steps to the target at each B's best rate."""
-    predicted = float(np.mean(_noise_along(params, batch, target, key)))
+    predicted = float(np.nanmean(_noise_along(params, batch, target, key)))
     keys = jax.random.split(key, num_runs)
     steps = []
     for size in batch_sizes:
