@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example import _taps
-from jaxnet.per_example._leaves import Factored, Formed, Leaves, Stacked, at_once, factored
-from jaxnet.per_example._taps import Tap
+from jaxnet.per_example._leaves import Factored, Formed, Leaves, Stacked, at_once, factored, wide
+from jaxnet.per_example._rules import Tap
 
 # Leaves of so many numbers are carried as they are, N copies of them: biases and scales.
 _SMALL = 4096
@@ -20,8 +20,7 @@ _BANDS, _BAND = 4, 256
 
 Factors = tuple[Any, ...]
 """For each leaf that is one product's kernel ``(a (N, S, T, d), δ (N, S, T, p))``, for a small one its gradients
-``(N, ...)``, for any other None."""
-
+``(N, ...)``, for any other None; in float32 at least."""
 
 Group = Factored | Stacked | Formed
 
@@ -43,7 +42,7 @@ class Held:
         groups: list[tuple[list[int], Group]] = []
         for i, (leaf, tap, held) in enumerate(zip(leaves, found.taps, self.factors, strict=True)):
             if isinstance(held, tuple) and isinstance(tap, Tap):
-                like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+                like = jax.ShapeDtypeStruct(leaf.shape, wide(leaf).dtype)
                 groups.append(([i], factored(held[0], held[1], tap.matrix, like)))
         small = [i for i, held in enumerate(self.factors) if isinstance(held, jax.Array)]
         if small:
@@ -65,7 +64,7 @@ class Held:
                 replaced[i] = leaf
             return self.loss(jax.tree.unflatten(structure, replaced), jax.tree.map(lambda x: x[None], example))
 
-        return lambda example: jax.grad(one)(tuple(leaves[i] for i in chosen), example)
+        return lambda example: jax.tree.map(wide, jax.grad(one)(tuple(leaves[i] for i in chosen), example))
 
     def _gather(self, method: Callable[[Group, Leaves], Leaves], tree: ArrayTree | None = None) -> ArrayTree:
         """Of a method that gives something for each leaf: a pytree like params."""
@@ -140,10 +139,17 @@ def hold(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Factors:
         (deltas, carried), others = jax.grad(value, argnums=(0, 1), has_aux=True)(
             epsilons, {i: leaves[i] for i in small}
         )
-        return {i: tap.rows(others[i], deltas[i]) for i, tap in tapped.items()}, carried
+        return {i: _real(*tap.rows(others[i], deltas[i])) for i, tap in tapped.items()}, carried
 
-    factors, carried = jax.vmap(one)(batch)
+    factors, carried = jax.tree.map(wide, jax.vmap(one)(batch))
     return tuple({**factors, **carried}.get(i) for i in range(len(leaves)))
+
+
+def _real(a: Array, delta: Array) -> tuple[Array, Array]:
+    """Factors (S, T, ·) of a real leaf that met complex numbers: Re Σ_t a_t δ_tᵀ, of twice as many real rows."""
+    if not jnp.iscomplexobj(delta):
+        return a, delta
+    return jnp.concatenate([a.real, a.imag], axis=1), jnp.concatenate([delta.real, -delta.imag], axis=1)
 
 
 def described(tap: Tap | str, held: Any) -> str:

@@ -19,12 +19,17 @@ from jax import lax
 
 from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree
-from jaxnet.per_example._taps import View
+from jaxnet.per_example._rules import View
 
 
 def at_once(size: int) -> int:
     """Of how many examples ``size`` numbers each are worked on at a time: as many as stay in the cache."""
     return max(1, 2**20 // max(1, size))
+
+
+def wide(x: Array) -> Array:
+    """The same in float32 at least: in half precision a sum stands still, and a square overflows."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 Leaves = tuple[Array, ...]
@@ -36,7 +41,7 @@ class Formed:
 
     Attributes:
       examples: a pytree with a leading axis N.
-      form: ``form(chunk)``, the gradients of n of the examples: for each leaf (n, ...).
+      form: ``form(chunk)``, the gradients of n of the examples: for each leaf (n, ...), in float32 at least.
       at_once: how many at a time.
     """
 
@@ -110,10 +115,10 @@ class Factored:
     """The gradients of one leaf, Σ_t a_nt δ_ntᵀ as the matrix K that is a rearrangement of it.
 
     Attributes:
-      a: (N, T, d).
-      delta: (N, T, p).
+      a: (N, T, d), real, in float32 at least.
+      delta: (N, T, p), likewise.
       matrix: from the leaf to K (d, p).
-      like: the leaf's shape and dtype.
+      like: the leaf's shape, and the dtype of what is like it.
     """
 
     a: Array
@@ -128,8 +133,7 @@ class Factored:
 
     def _leaf(self, kernel: Array) -> Array:
         """K as the leaf: what rearranges is its own transpose's inverse."""
-        wanted = jax.eval_shape(self.matrix, self.like).dtype
-        return jax.linear_transpose(self.matrix, self.like)(kernel.astype(wanted))[0]
+        return jax.linear_transpose(self.matrix, self.like)(kernel.astype(self.like.dtype))[0]
 
     @property
     def formed(self) -> Formed:
@@ -232,10 +236,10 @@ class Stacked:
     """The gradients of one leaf that holds S kernels, the layers of a scan: S matrices beside one another.
 
     Attributes:
-      a: (N, S, T, d).
-      delta: (N, S, T, p).
+      a: (N, S, T, d), real, in float32 at least.
+      delta: (N, S, T, p), likewise.
       matrices: from the leaf to (S, d, p).
-      like: the leaf's shape and dtype.
+      like: the leaf's shape, and the dtype of what is like it.
     """
 
     a: Array
@@ -247,11 +251,10 @@ class Stacked:
         """``method(layer, *given[s])`` of each layer s, (S, ...): one at a time, since a layer is a matrix's work."""
         _, _, _, d = self.a.shape
         p = self.delta.shape[-1]
-        wanted = jax.eval_shape(self.matrices, self.like).dtype
 
         def of_layer(parts: Any) -> Any:
             a, delta, given = parts
-            return method(Factored(a, delta, lambda x: x, jax.ShapeDtypeStruct((d, p), wanted)), *given)
+            return method(Factored(a, delta, lambda x: x, jax.ShapeDtypeStruct((d, p), self.like.dtype)), *given)
 
         return lax.map(of_layer, (*(jnp.moveaxis(x, 1, 0) for x in (self.a, self.delta)), given))
 

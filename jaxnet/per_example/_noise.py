@@ -61,7 +61,7 @@ def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
 @functools.partial(dataset.jit, static_argnames="loss")
 def _noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
     grads = gradients(loss, params, batch)
-    mean = grads.mean()
+    mean = grads.wide_mean()
     return _from_deviations(mean, *grads.rows(_about, mean))
 
 

@@ -152,6 +152,44 @@ def custom_derivative():
     return vectors(lambda p, x: jnp.tanh(doubled(p["first"], x)) @ p["last"], two_layers())
 
 
+def phase_retrieval():
+    """Real params that meet complex inputs; and a convolution by a complex kernel."""
+
+    def network(p, x):
+        waves = jnp.exp(1j * x) @ p["first"] + p["bias"]
+        rows = jax.lax.conv_general_dilated(
+            jnp.fft.fft(x)[:, None], p["filter"].T[:, None].astype(complex), (1,), "SAME"
+        )
+        return (jnp.abs(waves) ** 2 + rows.sum(axis=-1).imag) @ p["last"]
+
+    return vectors(network, two_layers(filter=normal(5, 3, 5)))
+
+
+def spectrum_of_a_kernel():
+    return vectors(lambda p, x: jnp.abs(x @ jnp.fft.fft(p["first"], axis=0)) @ p["last"], two_layers())
+
+
+def casts():
+    """Those that end a derivative, and those that round it."""
+
+    def network(p, x):
+        h = x @ p["first"].astype(bool).astype(float) + x @ p["whole"].astype(jnp.int32).astype(float)
+        h += x @ p["rounded"].astype(jnp.bfloat16).astype(float) + x @ p["eighth"].astype(jnp.float8_e4m3fn).astype(
+            float
+        )
+        return (h + p["bias"]) @ p["last"]
+
+    return vectors(network, two_layers(whole=normal(5, 4, 5), rounded=normal(6, 4, 5), eighth=normal(7, 4, 5)))
+
+
+def straight_through():
+    """Quantised params, with a derivative as if they were not."""
+    ternary = jax.custom_jvp(lambda p: jnp.sign(jnp.round(p)))
+    ternary.defjvp(lambda p, t: (ternary(*p), *t))
+    by_subtraction = lambda p: p + jax.lax.stop_gradient(jnp.round(p) - p)
+    return vectors(lambda p, x: jnp.tanh(x @ ternary(p["first"])) @ by_subtraction(p["last"]), two_layers())
+
+
 def residual_and_norm():
     block = nn.residual(nn.serial(nn.layer_norm(), nn.dense(4), nn.activation(jax.nn.gelu)))
     model = nn.serial(block, nn.dense(3))
@@ -196,6 +234,10 @@ CASES = {
         meeting_in_a_scan,
         decayed,
         custom_derivative,
+        phase_retrieval,
+        spectrum_of_a_kernel,
+        casts,
+        straight_through,
         residual_and_norm,
         group_norm,
         dropout,
@@ -224,6 +266,9 @@ def test_the_plan_tells_which_way_each_leaf_went(monkeypatch, x64, check_per_exa
     assert words("tied")["['first']"] == "carried: small; used 2 times: a matrix product, a matrix product"
     assert words("scanned")["['layers']"] == "factors of a matrix product in a scan, S = 3, T = 1"
     assert words("scanned_backwards_in_blocks")["['layers']['kernel']"].endswith("in a scan in a scan, S = 6, T = 1")
+    assert words("phase_retrieval")["['first']"] == "factors of a matrix product, T = 2"
+    for leaf in ("first", "whole", "rounded", "eighth"):
+        assert words("casts")[f"['{leaf}']"] == "carried: small; convert_element_type"
     assert words("recurrent")["['hidden']"] == "factors of a matrix product in a scan, T = 4"
     monkeypatch.setattr(sys.modules["jaxnet.per_example._held"], "_SMALL", 0)
     jax.clear_caches()
