@@ -107,7 +107,7 @@ class PerExampleGradients:
     @dataset.jit
     def norms(self) -> Array:
         """‖g_n‖ over all leaves, (N,)."""
-        return _root(sum(jax.tree.leaves(self.rows(Held.squares))))
+        return self.rows(_lengths)
 
     @dataset.jit
     def leaf_norms(self) -> ArrayTree:
@@ -195,9 +195,14 @@ def _products_and_squares(held: Held, tree: ArrayTree) -> tuple[Array, Any]:
 
 
 def _clipped_sum(held: Held, max_norm: Array) -> ArrayTree:
-    norms = _root(sum(jax.tree.leaves(held.squares())))
+    norms = _lengths(held)
     above = ~(norms <= max_norm)  # so that a NaN is handed on
     return held.weighted_sum(jnp.where(above, max_norm / jnp.where(above, norms, 1), 1))
+
+
+def _lengths(held: Held) -> Array:
+    squares: Any = sum(jax.tree.leaves(held.squares()))
+    return _root(squares)
 
 
 def _root(squares: Array) -> Array:
@@ -226,8 +231,8 @@ class _OfBatch:
 def gradients(loss: Loss, params: ArrayTree, batch: Any) -> PerExampleGradients:
     """The gradients of the N examples' own losses, as a value whose methods reduce over them.
 
-    By definition g_n is the gradient of the loss on the batch that holds example n alone. A leaf of params that one
-    matrix product or convolution consumes is held by two factors, found in the trace of the loss; small ones are
+    By definition g_n is the gradient of the loss on the batch that holds example n alone. A leaf of params that matrix
+    products, convolutions or lookups consume is held by two factors, found in the trace of the loss; small ones are
     carried; for any other, `jax.vmap` of `jax.grad` runs over chunks of examples: ``.plan`` tells which way each went.
 
     Args:

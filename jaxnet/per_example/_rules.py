@@ -20,15 +20,17 @@ View = Callable[[Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """The one use of a leaf as a kernel.
+    """A use of a leaf as a kernel.
 
     Attributes:
       path: of the equation.
       operand: which of its two operands is the other one.
       output: the output's shape and dtype, those of ε.
-      rows: ``rows(other operand, δ of the output)`` to ``(a (S, T, d), δ (S, T, p))``.
-      matrix: the leaf as its kernels' matrices (S, d, p): S = 1, or the layers that a scan passes through.
+      rows: ``rows(other operand, δ of the output)`` to ``(a (S, T, d), δ (S, T, p))``; of a lookup the rows' numbers,
+        (S, T, 1) and d where there is none, stand for the unit vectors a.
+      matrix: the leaf as its kernels' matrices (S, d, p): S = 1, or the layers that a scan passes through, or groups.
       description: what it is, for people.
+      lookup: whether it is one.
     """
 
     path: Path
@@ -37,6 +39,7 @@ class Tap:
     rows: Callable[[Array, Array], tuple[Array, Array]]
     matrix: View
     description: str
+    lookup: bool = False
 
 
 def _shape(v: Any) -> tuple[int, ...]:
@@ -76,8 +79,9 @@ def _dot_general(eqn: core.JaxprEqn, position: int, before: View, path: Path) ->
 def _conv_general_dilated(eqn: core.JaxprEqn, position: int, before: View, path: Path) -> Tap | None:
     """A convolution is the product of the input's patches (T, d) with the kernel as a matrix (d, p)."""
     options = eqn.params
-    if position == 0 or options["feature_group_count"] != 1 or options["batch_group_count"] != 1:
+    if position == 0 or options["batch_group_count"] != 1:
         return None
+    groups = options["feature_group_count"]
     numbers = options["dimension_numbers"]
     kernel_spec, out_spec = numbers.rhs_spec, numbers.out_spec
     window = [_shape(eqn.invars[1])[i] for i in kernel_spec[2:]]
@@ -92,14 +96,41 @@ def _conv_general_dilated(eqn: core.JaxprEqn, position: int, before: View, path:
             options["lhs_dilation"],
             options["rhs_dilation"],
         )
-        last = lambda x: jnp.moveaxis(x, 1, -1).reshape(1, -1, x.shape[1])
+        # Each group's channels by themselves: (1, channels, ...) to (groups, T, channels of one).
+        last = lambda x: jnp.moveaxis(x.reshape(groups, x.shape[1] // groups, -1), 1, -1)
         return last(patches), last(jnp.transpose(delta, out_spec))
 
     def matrix(leaf: Array) -> Array:
         kernel = jnp.transpose(before(leaf), kernel_spec)
-        return kernel.reshape(kernel.shape[0], -1).T[None]
+        return jnp.swapaxes(kernel.reshape(groups, kernel.shape[0] // groups, -1), 1, 2)
 
     return Tap(path, 0, _output(eqn), rows, matrix, "a convolution")
 
 
-RULES = {"dot_general": _dot_general, "conv_general_dilated": _conv_general_dilated}
+def _gather(eqn: core.JaxprEqn, position: int, before: View, path: Path) -> Tap | None:
+    """Rows of a table, which the product with unit vectors would give: K is the table (d, p)."""
+    numbers, sizes, mode = (eqn.params[name] for name in ("dimension_numbers", "slice_sizes", "mode"))
+    if position != 0 or numbers.operand_batching_dims:
+        return None
+    shape, starts = _shape(eqn.invars[0]), numbers.start_index_map
+    cut = [i for i, size in enumerate(sizes) if size != shape[i]]
+    if len(cut) != 1 or sizes[cut[0]] != 1 or cut[0] not in starts:
+        return None
+    axis, offsets = cut[0], numbers.offset_dims
+    d, highest = shape[axis], np.array([shape[i] - sizes[i] for i in starts])
+
+    def rows(indices: Array, delta: Array) -> tuple[Array, Array]:
+        delta = jnp.moveaxis(delta, offsets, range(-len(offsets), 0)).reshape(1, indices[..., 0].size, -1)
+        ids = indices[..., starts.index(axis)].reshape(1, -1, 1)
+        if mode == lax.GatherScatterMode.CLIP:
+            return jnp.clip(ids, 0, d - 1).astype(jnp.int32), delta
+        inside = ((indices >= 0) & (indices <= highest)).all(axis=-1).reshape(1, -1, 1)
+        return jnp.where(inside, ids.astype(jnp.int32), d), delta
+
+    def matrix(leaf: Array) -> Array:
+        return jnp.moveaxis(before(leaf), axis, 0).reshape(1, d, -1)
+
+    return Tap(path, 1, _output(eqn), rows, matrix, "a lookup", lookup=True)
+
+
+RULES = {"dot_general": _dot_general, "conv_general_dilated": _conv_general_dilated, "gather": _gather}

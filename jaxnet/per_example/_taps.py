@@ -1,10 +1,11 @@
 """Where each leaf of the params enters a loss, and the two factors of its gradient there.
 
-The loss of one example is traced. A leaf that one matrix product or convolution consumes, once, as its kernel, has the
-gradient Σ_t a_t δ_tᵀ, with the other operand's rows a and the gradient δ at the product's output. So the trace is
-evaluated with a zero ε added to that output, and a recorded on the way: differentiated by ε, one backward pass gives
-every leaf's a and δ. The trace is followed through nested jits, rematerialisation and scans, over layers or over time;
-whatever else a leaf meets (a second use, another loop, a custom derivative) is opaque.
+The loss of one example is traced. A leaf that a matrix product or convolution consumes as its kernel, or a lookup as
+its table, has the gradient Σ_t a_t δ_tᵀ, with the other operand's rows a and the gradient δ at the product's output. So
+the trace is evaluated with a zero ε added to that output, and a recorded on the way: differentiated by ε, one backward
+pass gives every leaf's a and δ. Used several times so, it has the rows of all its uses in its one sum. The trace is
+followed through nested jits, rematerialisation and scans, over layers or over time; whatever else a leaf meets (another
+loop, a sum, a custom derivative) is opaque.
 
 Reference:
   Goodfellow, "Efficient Per-Example Gradient Computations", 2015; Rochette, Manoel & Tramel, "Efficient Per-Example
@@ -13,6 +14,7 @@ Reference:
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +26,10 @@ from jax.extend import core
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example._rules import RULES, Path, Tap, View
 
-Epsilons = dict[int, Array]
-"""For each tapped leaf, by its position, the ε at its output."""
+Use = tuple[int, int]
+"""A leaf by its position, and which of its uses."""
+Epsilons = dict[Use, Array]
+"""For each tapped use of a leaf the ε at its output."""
 
 # Primitives that only rearrange the entries of one operand.
 _REARRANGE = {"reshape", "transpose", "squeeze", "expand_dims", "copy"}
@@ -41,29 +45,35 @@ class Trace:
 
     Attributes:
       closed: its jaxpr over params' leaves and the example's.
-      taps: for each leaf of params its `Tap`, or words for why there is none.
+      taps: for each leaf of params a `Tap` for each of its uses, or words for why there is none.
     """
 
     closed: core.ClosedJaxpr
-    taps: tuple[Tap | str, ...]
+    taps: tuple[tuple[Tap, ...] | str, ...]
 
-    def evaluate(self, leaves: list[Array], example: ArrayTree, epsilons: Epsilons) -> tuple[Array, dict[int, Array]]:
-        """The loss with ε added at the taps of the given leaves, and their other operands."""
-        taps = {i: tap for i, tap in enumerate(self.taps) if isinstance(tap, Tap)}
+    @property
+    def uses(self) -> dict[Use, Tap]:
+        """Every tap."""
+        found = ((i, taps) for i, taps in enumerate(self.taps) if not isinstance(taps, str))
+        return {(i, j): tap for i, taps in found for j, tap in enumerate(taps)}
+
+    def evaluate(self, leaves: list[Array], example: ArrayTree, epsilons: Epsilons) -> tuple[Array, dict[Use, Array]]:
+        """The loss with ε added at the taps, and their other operands."""
+        taps = self.uses
 
         def run(
             jaxpr: core.Jaxpr, consts: Any, arguments: Any, path: Path, epsilons: Epsilons
         ) -> tuple[list[Any], Any]:
             env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
             read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
-            record: dict[int, Array] = {}
+            record: dict[Use, Array] = {}
             for index, eqn in enumerate(jaxpr.eqns):
                 here, values = (*path, index), [read(v) for v in eqn.invars]
-                within = {i: epsilon for i, epsilon in epsilons.items() if taps[i].path[: len(here)] == here}
-                leaf = next((i for i in within if taps[i].path == here), None)
-                if leaf is not None:
-                    record[leaf] = values[taps[leaf].operand]
-                    results = [_apply(eqn, values)[0] + epsilons[leaf]]
+                within = {use: epsilon for use, epsilon in epsilons.items() if taps[use].path[: len(here)] == here}
+                tapped = next((use for use in within if taps[use].path == here), None)
+                if tapped is not None:
+                    record[tapped] = values[taps[tapped].operand]
+                    results = [_apply(eqn, values)[0] + epsilons[tapped]]
                 elif within:
                     inner, inner_consts = _inner(eqn)
                     body = lambda values, epsilons: run(inner, inner_consts, values, here, epsilons)
@@ -108,7 +118,7 @@ def trace(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Trace:
     inputs = closed.jaxpr.invars[: len(uses)]
     views = {v: _Seen(i, _dtype(v), _same) for i, v in enumerate(inputs)}
     _find(closed.jaxpr, views, (), uses)
-    return Trace(closed, tuple(_only(found) for found in uses))
+    return Trace(closed, tuple(_together(found, v.aval.shape) for found, v in zip(uses, inputs, strict=True)))
 
 
 class _Seen(NamedTuple):
@@ -123,11 +133,49 @@ def _same(x: Array) -> Array:
     return x
 
 
-def _only(found: list[Tap | str]) -> Tap | str:
-    if len(found) == 1:
-        return found[0]
+def _together(found: list[Tap | str], shape: tuple[int, ...]) -> tuple[Tap, ...] | str:
+    taps = [use for use in found if isinstance(use, Tap)]
+    if found and len(taps) == len(found) and (alike := _laid_alike(taps, shape)):
+        return alike
     uses = [use if isinstance(use, str) else use.description for use in found]
+    if len(uses) == 1:
+        return uses[0]
     return f"used {len(found)} times: {', '.join(uses)}" if found else "not used"
+
+
+def _laid_alike(taps: list[Tap], shape: tuple[int, ...]) -> tuple[Tap, ...] | None:
+    """The uses as those of the first one's matrices, where theirs are these or these transposed."""
+    if len(taps) == 1:
+        return tuple(taps)
+    if not all(tap.lookup for tap in taps):
+        taps = [_by_unit_vectors(tap, shape) if tap.lookup else tap for tap in taps]
+    numbered = np.arange(int(np.prod(shape))).reshape(shape)
+    with jax.ensure_compile_time_eval():
+        matrices = [np.asarray(tap.matrix(jnp.asarray(numbered))) for tap in taps]
+    alike = []
+    for tap, matrix in zip(taps, matrices, strict=True):
+        if np.array_equal(matrix, matrices[0]):
+            alike.append(tap)
+        elif np.array_equal(np.swapaxes(matrix, 1, 2), matrices[0]) and not tap.lookup:
+            alike.append(dataclasses.replace(tap, rows=functools.partial(_swapped, tap.rows)))
+        else:
+            return None
+    return tuple(alike)
+
+
+def _swapped(rows: Callable[..., tuple[Array, Array]], a: Array, delta: Array) -> tuple[Array, Array]:
+    return rows(a, delta)[::-1]
+
+
+def _by_unit_vectors(tap: Tap, shape: tuple[int, ...]) -> Tap:
+    """A lookup as the product that it stands for."""
+    d = jax.eval_shape(tap.matrix, jax.ShapeDtypeStruct(shape, jnp.float32)).shape[1]
+
+    def rows(indices: Array, delta: Array) -> tuple[Array, Array]:
+        ids, delta = tap.rows(indices, delta)
+        return jax.nn.one_hot(ids[..., 0], d, dtype=delta.real.dtype), delta
+
+    return dataclasses.replace(tap, rows=rows, lookup=False)
 
 
 def _inner(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Any]:
@@ -147,14 +195,14 @@ def _find(jaxpr: core.Jaxpr, views: dict[Any, _Seen], path: Path, uses: list[lis
     """Note every use of the leaves of which ``views`` holds rearrangements; which of them the jaxpr returns."""
     for index, eqn in enumerate(jaxpr.eqns):
         held = [None if isinstance(v, core.Literal) else views.get(v) for v in eqn.invars]
-        if not any(held):
+        found = [seen for seen in held if seen]
+        if not found:
             continue
         name, here = eqn.primitive.name, (*path, index)
         if name in _REARRANGE or (name == "broadcast_in_dim" and _size(eqn.invars[0]) == _size(eqn.outvars[0])):
-            seen = next(filter(None, held))
-            views[eqn.outvars[0]] = seen._replace(view=_then(seen.view, eqn))
-        elif name == "convert_element_type" and _is_a_copy(eqn, held[0]):
-            views[eqn.outvars[0]] = held[0]
+            views[eqn.outvars[0]] = found[0]._replace(view=_then(found[0].view, eqn))
+        elif name == "convert_element_type" and _is_a_copy(eqn, found[0]):
+            views[eqn.outvars[0]] = found[0]
         elif name in _INLINE:
             inner, _ = _inner(eqn)
             passed = {v: view for v, view in zip(inner.invars, held, strict=True) if view}
@@ -166,7 +214,7 @@ def _find(jaxpr: core.Jaxpr, views: dict[Any, _Seen], path: Path, uses: list[lis
             rule = RULES.get(name)
             for position, seen in enumerate(held):
                 if seen:
-                    tap = rule(eqn, position, seen.view, here) if rule and held.count(None) == len(held) - 1 else None
+                    tap = rule(eqn, position, seen.view, here) if rule and len(found) == 1 else None
                     uses[seen.leaf].append(tap or name)
     returned = [None if isinstance(v, core.Literal) else views.get(v) for v in jaxpr.outvars]
     if not path:
