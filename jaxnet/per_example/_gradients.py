@@ -56,12 +56,14 @@ class PerExampleGradients:
         paths = [f"params{jax.tree_util.keystr(p)}" for p, _ in jax.tree_util.tree_leaves_with_path(self.params)]
         return {path: described(tap, held) for path, tap, held in zip(paths, found.taps, factors, strict=True)}
 
+    @dataset.on_automatic_axes
     def rows(self, method: Callable[..., Any], *given: Any) -> Any:
         """``method(held, *given)``, entries (N, ...) for the examples, of their `Held` gradients."""
         if self.factors is not None:
             return method(Held(self.loss, self.params, self.batch, self.factors), *given)
         return dataset.rows(_OfBatch(self.loss, method, dataset.rows), self.batch, self.params, *given)
 
+    @dataset.on_automatic_axes
     def total(self, method: Callable[..., Any], *given: Any, weights: Array | None = None) -> Any:
         """The sum over examples that ``method(held, *given)`` gives; or ``method(held, part of weights, *given)``."""
         weighted = weights is not None
@@ -169,7 +171,7 @@ class PerExampleGradients:
         dataset.check_in_memory("gram", self.batch, "every pair of examples meets: take fewer of them as one batch")
         return _gram(self)
 
-    @jax.jit
+    @dataset.jit
     def _dense(self) -> ArrayTree:
         return self.rows(Held.dense)
 
@@ -183,7 +185,7 @@ class PerExampleGradients:
         return self._dense()
 
 
-@jax.jit
+@dataset.jit
 def _gram(grads: PerExampleGradients) -> Array:
     # Every pair of examples meets: all factors are needed at once.
     factors = grads.factors or hold(grads.loss, grads.params, grads.batch)
@@ -251,7 +253,8 @@ def gradients(loss: Loss, params: ArrayTree, batch: Any) -> PerExampleGradients:
     if dataset.on_host(batch):
         return PerExampleGradients(loss, params, batch, None)
     batch = jax.tree.map(jnp.asarray, batch)
-    held = _chunk_size(loss, params, batch) is None
+    # Where shardings are types, factors would come back as copies on every device.
+    held = _chunk_size(loss, params, batch) is None and not dataset.on_explicit_axes(params, batch)
     return PerExampleGradients(loss, params, batch, _hold(loss, params, batch) if held else None)
 
 

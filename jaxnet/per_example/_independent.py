@@ -1,5 +1,6 @@
 """Is a loss what everything here takes it for: the mean over examples that do not see one another?"""
 
+import functools
 from typing import Any
 
 import jax
@@ -28,11 +29,10 @@ def check_independent(loss: Loss, params: ArrayTree, batch: Any) -> None:
       TypeError, ValueError: the arguments do not fit the contract, or the loss is no such mean.
     """
     batch = dataset.first(dataset.of(batch))
-    contract.check(loss, params, batch)
-    few = jax.tree.map(lambda x: jnp.asarray(x)[:_SAMPLE], batch)
-    whole, mean, size_of_gradient, apart = _both_ways(loss, params, few)
+    contract.check_params(params)
+    size = min(contract.num_examples(batch), _SAMPLE)
+    whole, mean, size_of_gradient, apart = _both_ways(loss, params, batch)
     tolerance = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps) ** 0.5
-    size = contract.num_examples(few)
     remedy = (
         "are its examples coupled, as by batch normalisation in training mode, or is it a sum? Use running statistics, "
         "or a normalisation within each example, and the mean over the batch"
@@ -46,9 +46,11 @@ def check_independent(loss: Loss, params: ArrayTree, batch: Any) -> None:
         )
 
 
-@jax.jit(static_argnames="loss")
+@functools.partial(dataset.jit, static_argnames="loss")
 def _both_ways(loss: Loss, params: ArrayTree, batch: ArrayTree) -> tuple[Array, Array, Array, Array]:
     """E, the mean of the examples' own losses, the length of E's gradient, and how far that mean's lies from it."""
+    contract.check(loss, params, batch)
+    batch = jax.tree.map(lambda x: x[:_SAMPLE], batch)
     one = lambda p, example: loss(p, jax.tree.map(lambda x: x[None], example))
     apart = lambda p, b: jax.vmap(one, in_axes=(None, 0))(p, b).mean()
     whole, gradient = jax.value_and_grad(loss)(params, batch)

@@ -70,7 +70,7 @@ def _about(held: Held, mean: ArrayTree) -> tuple[Array, Array]:
     return held.squared_distances(mean), held.vdot(mean)
 
 
-@jax.jit
+@dataset.jit
 def _from_deviations(mean: ArrayTree, squares: Array, along: Array) -> NoiseScale:
     """From |g_n − ḡ|², not |g_n|²: |g_n|² − |ḡ|² would cancel where the gradients are alike."""
     n = squares.size
