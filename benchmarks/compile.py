@@ -1,7 +1,7 @@
 """What a first call costs: compilation, in units of the first gradient's on the same network.
 
-N is 16, so that execution is nothing. Every first call starts with empty caches; CPU time, since XLA compiles on several
-threads. Programs are counted by JAX's own event, traces by a counter within the network.
+N is 16, so that execution is nothing. Every first call starts with empty caches; CPU time, since XLA compiles on
+several threads. Programs are counted by JAX's own event, traces by a counter within the network.
 """
 
 import functools
@@ -65,30 +65,32 @@ def counted(apply):
     return traced
 
 
+def analyse(loss, params, batch, key, *, make_optimizer=optax.sgd):
+    return learning_rate.analyse(loss, params, batch, key=key, make_optimizer=make_optimizer)
+
+
+def hessian(loss, params, batch):
+    return curvature.hessian(loss, params, batch)
+
+
 CALLS = {
     "gradient": (lambda loss, params, batch, key: jax.jit(jax.grad(loss))(params, batch), 1.0),
     "one product": (lambda loss, params, batch, key: _product(loss, params, batch), 2.5),
-    "sharpness": (lambda loss, params, batch, key: curvature.sharpness(loss, params, batch, key=key), 3.5),
-    "eigsh, k = 5": (lambda loss, params, batch, key: curvature.eigsh(curvature.hessian(loss, params, batch), 5, key=key), 4),
-    "spectral_density": (
-        lambda loss, params, batch, key: curvature.spectral_density(curvature.hessian(loss, params, batch), key=key), 4,
-    ),
+    "sharpness": (lambda *given, key: curvature.sharpness(*given, key=key), 3.5),
+    "eigsh, k = 5": (lambda *given, key: curvature.eigsh(hessian(*given), 5, key=key), 4),
+    "spectral_density": (lambda *given, key: curvature.spectral_density(hessian(*given), key=key), 4),
     "tracker.init": (lambda loss, params, batch, key: curvature.track(loss, batch, key=key).init(params), 4),
-    "per-example norms": (lambda loss, params, batch, key: per_example.gradients(loss, params, batch).norms(), 2.5),
-    "variance": (lambda loss, params, batch, key: per_example.gradients(loss, params, batch).variance(), 2.5),
-    "weighted sum": (
-        lambda loss, params, batch, key: per_example.gradients(loss, params, batch).weighted_sum(jnp.ones(N)), 2.5,
-    ),
-    "analyse": (lambda loss, params, batch, key: learning_rate.analyse(loss, params, batch, key=key), 10),
-    "analyse, AdamW": (
-        lambda loss, params, batch, key: learning_rate.analyse(loss, params, batch, key=key, make_optimizer=optax.adamw), 10,
-    ),
-}  # fmt: skip
+    "per-example norms": (lambda *given, key: per_example.gradients(*given).norms(), 2.5),
+    "variance": (lambda *given, key: per_example.gradients(*given).variance(), 2.5),
+    "weighted sum": (lambda *given, key: per_example.gradients(*given).weighted_sum(jnp.ones(N)), 2.5),
+    "analyse": (analyse, 10),
+    "analyse, AdamW": (functools.partial(analyse, make_optimizer=optax.adamw), 10),
+}
 
 
 @jax.jit(static_argnums=0)
 def _product(loss, params, batch):
-    return curvature.hessian(loss, params, batch) @ params
+    return hessian(loss, params, batch) @ params
 
 
 def measure(call, network, batch):
@@ -101,7 +103,7 @@ def measure(call, network, batch):
     for values in (params, again):
         COUNTS.update(programs=0, traces=0)
         start = time.process_time()
-        jax.block_until_ready(jax.tree.leaves(call(loss, values, batch, key)))
+        jax.block_until_ready(jax.tree.leaves(call(loss, values, batch, key=key)))
         found.append({"seconds": time.process_time() - start, **COUNTS})
     return found
 
@@ -121,8 +123,7 @@ def run(only=None, networks=None):
         seconds = {what: statistics.median(first["seconds"] for first, _ in runs) for what, runs in found.items()}
         for what, (_, bound) in chosen.items():
             if what != "gradient":
-                first, second = found[what][0]
-                counts = f"{first['programs']} programs, {first['traces']} traces; then {second['programs']}, {second['traces']}"
+                counts = "; then ".join(f"{c['programs']} programs, {c['traces']} traces" for c in found[what][0])
                 rows.append(
                     Row(f"{name}: {what} ({counts})", seconds[what] / seconds["gradient"], bound, False,
                         {"gradient": seconds["gradient"], what: seconds[what]})

@@ -7,7 +7,8 @@ Everything in this library is a mean, a sum or rows of a function of examples. W
   that many examples at a time inside one compiled scan;
 - a `Stream` is a data set in batches, gone through on the host, once for each result.
 
-`jit`, `while_loop`, `cond` and `map` are JAX's own, and run on the host where the data are there.
+`jit`, `while_loop`, `cond` and `map` are JAX's own, and run on the host where the data are there. Arrays on a mesh of
+explicit axes, whose shardings JAX would have every operation name, are worked on as on automatic ones.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree
@@ -32,6 +34,8 @@ __all__ = [
     "mean",
     "num_examples",
     "of",
+    "on_automatic_axes",
+    "on_explicit_axes",
     "on_host",
     "rows",
     "rows_and_total",
@@ -270,12 +274,43 @@ _scaled, _added = jax.jit(_scale), jax.jit(_add)
 
 
 def jit(function: Callable[..., Any], *, static_argnames: str | tuple[str, ...] = ()) -> Callable[..., Any]:
-    """`jax.jit`; a call with a stream among its arguments runs as it stands, on the host."""
-    compiled = jax.jit(function, static_argnames=static_argnames)
+    """`jax.jit`, `on_automatic_axes`; a call with a stream among its arguments runs as it stands, on the host."""
+    compiled = jax.jit(on_automatic_axes(function), static_argnames=static_argnames)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         return (function if on_host(args, kwargs) else compiled)(*args, **kwargs)
+
+    return call
+
+
+def on_explicit_axes(*trees: Any) -> bool:
+    """Whether an array's sharding is a part of its type."""
+    return bool(_explicit_meshes(trees))
+
+
+def _explicit_meshes(trees: Any) -> list[Any]:
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(trees) if isinstance(x, jax.Array))
+    return [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
+
+
+def on_automatic_axes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, within which arrays on a mesh of explicit axes are as on automatic ones; its results are whole
+    on every device."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        meshes = _explicit_meshes(leaves)
+        if not meshes:
+            return function(*args, **kwargs)
+        arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
+
+        def of_arrays(arrays: dict[int, Array]) -> Any:
+            args, kwargs = jax.tree.unflatten(structure, [arrays.get(i, x) for i, x in enumerate(leaves)])
+            return function(*args, **kwargs)
+
+        return auto_axes(of_arrays, out_sharding=NamedSharding(meshes[0], PartitionSpec()))(arrays)
 
     return call
 

@@ -5,21 +5,25 @@ Each criterion maps outputs and targets of N examples to N values; where an exam
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
-from jaxnet import dataset
-from jaxnet.contract import Array, ArrayTree, Loss, check_mean, hashable, num_examples, takes_loss
+from jaxnet import contract, dataset
+from jaxnet.contract import Array, ArrayTree, Loss, hashable, num_examples, takes_loss
 
 __all__ = [
     "ChunkedLoss",
     "MeanLoss",
     "accuracy",
+    "check_mean",
     "check_parts",
     "chunked",
     "mean_loss",
@@ -28,6 +32,9 @@ __all__ = [
     "softmax_cross_entropy",
     "squared_error",
 ]
+
+# Sets of examples on which a loss is tried, and how many there are in one.
+_DRAWS, _ROWS = 4, 32
 
 Criterion = Callable[[Array, Array], Array]
 Apply = Callable[..., Array]
@@ -217,6 +224,61 @@ def chunked(loss: Loss, size: int) -> ChunkedLoss:
     if size < 1:
         raise ValueError(f"chunked: expected a size of 1 or more, got {size}")
     return ChunkedLoss(loss, size)
+
+
+def check_mean(loss: Loss, params: ArrayTree, batch: ArrayTree, key: Array | None = None) -> None:
+    """Raise unless E is, on a few examples, the mean of the examples' own losses, and so is its gradient.
+
+    Several sets of examples are drawn, since those that lie together are often alike: sorted by class, say. By values,
+    so that nothing is checked where one of them is a tracer.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``.
+      params: the point at which it is tried.
+      batch: the examples, in memory.
+      key: for the draw; by default the same rows at each call.
+
+    Raises:
+      TypeError, ValueError: the arguments do not fit the contract.
+      UserError: the loss is no such mean.
+    """
+    contract.check_params(params)
+    n = contract.num_examples(batch)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, batch))):
+        return
+    size = min(n, _ROWS)
+    draw = np.random.default_rng(0 if key is None else np.asarray(jax.random.key_data(key)))
+    rows = np.stack([draw.choice(n, size, replace=False) for _ in range(_DRAWS)])
+    tolerance = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps) ** 0.5
+    remedy = (
+        "are its examples coupled, as by batch normalisation in training mode, or is it a sum? Use running statistics, "
+        "or a normalisation within each example, and the mean over the batch"
+    )
+    for whole, mean, gradient, apart in np.stack(_both_ways(loss, params, batch, rows), axis=1).astype(float):
+        if abs(whole - mean) > tolerance * max(abs(whole), abs(mean)):
+            got = f"on {size} examples it is {whole:.4g}, but the mean of their own losses is {mean:.4g}"
+            raise contract.UserError(f"loss: {got}; {remedy}")
+        if apart > 10 * tolerance * gradient:
+            raise contract.UserError(
+                f"loss: its gradient on {size} examples is not the mean of their own losses' gradients; {remedy}"
+            )
+
+
+@functools.partial(dataset.jit, static_argnames="loss")
+def _both_ways(loss: Loss, params: ArrayTree, batch: ArrayTree, rows: Array) -> tuple[Array, Array, Array, Array]:
+    """For each row of rows E, the mean of their own losses, the length of E's gradient, and how far that mean's is."""
+    contract.check(loss, params, batch)
+    one = lambda p, example: loss(p, jax.tree.map(lambda x: x[None], example))
+    mean_of_own = lambda p, b: jax.vmap(one, in_axes=(None, 0))(p, b).mean()
+    joined = lambda tree: ravel_pytree(tree)[0].astype(jnp.promote_types(jnp.result_type(float), jnp.float32))
+
+    def of(rows: Array) -> tuple[Array, Array, Array, Array]:
+        few = jax.tree.map(lambda x: jnp.asarray(x)[rows], batch)
+        (whole, gradient), (mean, own) = (jax.value_and_grad(f)(params, few) for f in (loss, mean_of_own))
+        gradient, own = joined(gradient), joined(own)
+        return whole, mean, jnp.linalg.norm(gradient), jnp.linalg.norm(gradient - own)
+
+    return jax.lax.map(of, rows)
 
 
 def check_parts(loss: Loss, params: ArrayTree, data: Any) -> None:

@@ -2,9 +2,9 @@
 
 Rayleigh–Ritz in the span of the given vectors, which is then widened by the residual of the largest Ritz pair, one
 product at a time. Started from one vector, a search would not see what has overtaken it: of a second eigenvalue 2 %
-below, the start that is nearly the first one's vector holds next to nothing, and at the edge of stability the two change
-places. Lanczos's recurrence has one residual for all Ritz pairs, which holds in a Krylov space only; here each has its
-own, so that beside the vectors v their products Av are kept.
+below, the start that is nearly the first one's vector holds next to nothing, and at the edge of stability the two
+change places. Lanczos's recurrence has one residual for all Ritz pairs, which holds in a Krylov space only; here each
+has its own, so that beside the vectors v their products Av are kept.
 
 Reference:
   Davidson, "The Iterative Calculation of a Few of the Lowest Eigenvalues and Corresponding Eigenvectors of Large
@@ -22,11 +22,12 @@ from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import _lanczos
 from jaxnet.curvature._operators import LinearOperator, check_deterministic
+from jaxnet.curvature._search import values_of
 
 # Vectors that are followed; vectors kept at most; the share of a random one in the last of the starts.
 LEADING, _ROOM, _BLEND = 3, 8, 0.03
-# An eigenvalue's error is about the residual's square over the gap. But the gap is to what has been seen: so the residual
-# is to be within so many tolerances, and within a share of the eigenvalue.
+# An eigenvalue's error is about the residual's square over the gap. But the gap is to what has been seen: so the
+# residual is to be within so many tolerances, and within a share of the eigenvalue.
 _TIMES, _SHARE = 3.0, 0.05
 
 
@@ -83,22 +84,27 @@ def follow(
     space, limit = op.space, 1000 if max_matvecs is None else max_matvecs
     room = min(_ROOM, space.size)
     count = min(LEADING, room)
-    given = _starts(op, starts, count, key)
+    streamed = dataset.on_host(op)
+    # As in a search, the loop is not differentiated.
+    fixed, given = (x if streamed else lax.stop_gradient(x) for x in (op, _starts(op, starts, count, key)))
 
     def done(state: _State) -> Array:
         return state.settled | state.failed | (state.num_matvecs >= limit)
 
     def step(state: _State) -> _State:
         state = _prepared(state, given, count)
-        return _absorbed(state, space.ravel(op @ space.unravel(state.following)), tol, count)
+        return _absorbed(state, space.ravel(fixed @ space.unravel(state.following)), tol, count)
 
     end = dataset.while_loop(lambda state: ~done(state), step, _empty(given, room), data=op)
     end = _restarted(end, count)
-    vectors = jax.tree.map(lambda q: jnp.where(end.failed, 0, q[:count]), end.basis)
+    flat = jax.tree.map(lambda q: jnp.where(end.failed, 0, q[:count]), end.basis)
+    vectors = jax.vmap(space.unravel)(flat)
     value = jnp.where(end.failed, jnp.nan, end.value)
+    if not streamed:
+        value = values_of(op, value[None], jax.tree.map(lambda x: x[:1], vectors))[0]
     return Leading(
         value=value,
-        vectors=jax.vmap(space.unravel)(vectors),
+        vectors=vectors,
         residual_norm=jnp.where(end.failed, jnp.nan, end.residual_norm),
         num_matvecs=end.num_matvecs,
         converged=end.settled & jnp.isfinite(value),

@@ -196,7 +196,7 @@ class Eigensolver:
         pairs = self.result(end)
         if streamed:
             return pairs, end
-        return dataclasses.replace(pairs, values=_values_of(op, pairs.values, pairs.vectors)), end
+        return dataclasses.replace(pairs, values=values_of(op, pairs.values, pairs.vectors)), end
 
     def init(self, start: ArrayTree) -> Search:
         """The state before the first step, from a start that is not zero."""
@@ -297,11 +297,12 @@ class Eigensolver:
 
 
 @jax.custom_jvp
-def _values_of(op: LinearOperator, values: Array, vectors: ArrayTree) -> Array:
+def values_of(op: LinearOperator, values: Array, vectors: ArrayTree) -> Array:
+    """The eigenvalues as functions of the operator."""
     return values
 
 
-@_values_of.defjvp
+@values_of.defjvp
 def _values_of_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     """dλ = vᵀ(dA)v for a simple eigenvalue with unit vector v, which needs no derivative of v."""
     op, values, vectors = primals

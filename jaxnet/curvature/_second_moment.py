@@ -49,12 +49,13 @@ def gradient_covariance(loss: Loss, params: ArrayTree, batch: Any) -> LinearOper
     n = grads.num_examples
     if n < 2:
         raise ValueError("batch: a covariance needs 2 examples or more, got 1")
-    return LinearOperator(_covariance, Space.of(grads.params), (grads, n, grads.mean()))
+    return LinearOperator(_covariance, Space.of(grads.params), (grads, n, grads.wide_mean()))
 
 
 def _second_moment(operands: tuple[PerExampleGradients, int], v: ArrayTree) -> ArrayTree:
     grads, n = operands
-    return optax.tree.scale(1 / n, grads.total(_along, v, jnp.zeros(()))[0])
+    summed, _ = grads.total(_along, v, jnp.zeros(()))
+    return jax.tree.map(lambda s, x: (s / n).astype(x.dtype), summed, v)
 
 
 def _covariance(operands: tuple[PerExampleGradients, int, ArrayTree], v: ArrayTree) -> ArrayTree:
@@ -62,7 +63,7 @@ def _covariance(operands: tuple[PerExampleGradients, int, ArrayTree], v: ArrayTr
     # Σ (g_n − ḡ)(g_n − ḡ)·v, in one pass. The weights (g_n − ḡ)·v sum to 0, but for rounding, which the last term
     # takes out of a product that is small where the gradients are alike.
     summed, weight = grads.total(_along, v, optax.tree.vdot(mean, v))
-    return jax.tree.map(lambda s, m: (s - weight.astype(m.dtype) * m) / (n - 1), summed, mean)
+    return jax.tree.map(lambda s, m, x: ((s - weight.astype(m.dtype) * m) / (n - 1)).astype(x.dtype), summed, mean, v)
 
 
 def _along(held: Any, v: ArrayTree, centre: Array) -> tuple[ArrayTree, Array]:

@@ -12,7 +12,7 @@ from jax import lax
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import _bound
-from jaxnet.curvature._follow import LEADING, follow
+from jaxnet.curvature._follow import LEADING, Leading, follow
 from jaxnet.curvature._hessian import hessian
 from jaxnet.curvature._operators import LinearOperator
 from jaxnet.curvature._search import Eigensolver
@@ -119,24 +119,24 @@ def _measure(
 ) -> Sharpness:
     if v0 is None:
         pairs, end = solver.search(op, solver.start(key), tol)
-        value, residual_norm = pairs.values[0], pairs.residual_norms[0]
-        leading = solver.leading(end, LEADING)
-        bound = _bound.upper_bound(end.polynomials, lax.stop_gradient(value), target)
+        found = Leading(
+            pairs.values[0], solver.leading(end, LEADING), pairs.residual_norms[0], pairs.num_matvecs, pairs.converged
+        )
+        bound = _bound.upper_bound(end.polynomials, lax.stop_gradient(found.value), target)
     else:
-        pairs = follow(op, v0, tol, key=key, max_matvecs=solver.max_matvecs)
-        value, residual_norm, leading = pairs.value, pairs.residual_norm, pairs.vectors
-        bound = jnp.full_like(value, jnp.nan)
+        found = follow(op, v0, tol, key=key, max_matvecs=solver.max_matvecs)
+        bound = jnp.full_like(found.value, jnp.nan)
     params, data = op.operands
-    vector = jax.tree.map(lambda x: x[0], leading)
+    vector = jax.tree.map(lambda x: x[0], found.vectors)
     return Sharpness(
-        value=value,
+        value=found.value,
         vector=vector,
-        residual_norm=residual_norm,
+        residual_norm=found.residual_norm,
         upper_bound=bound,
-        num_matvecs=pairs.num_matvecs,
-        converged=pairs.converged & jnp.isfinite(value),
-        leading=leading,
-        sampling_error=_sampling_error(loss, params, data, vector) if sampling_error else jnp.full_like(value, jnp.nan),
+        num_matvecs=found.num_matvecs,
+        converged=found.converged,
+        leading=found.vectors,
+        sampling_error=_sampling_error(loss, params, data, vector) if sampling_error else jnp.full_like(bound, jnp.nan),
     )
 
 

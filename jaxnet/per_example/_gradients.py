@@ -8,13 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from jaxnet import contract, dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example import _taps
 from jaxnet.per_example._held import Factors, Held, described, hold
-from jaxnet.per_example._leaves import at_once
+from jaxnet.per_example._leaves import at_once, wide
 
 # Factors of up to so many numbers are held; of more, those of a chunk of examples at a time.
 _HELD = 2**22
@@ -25,7 +24,10 @@ _HELD = 2**22
 class PerExampleGradients:
     """g_n = ∂E_n/∂ω for each example n, where E = (1/N) Σ E_n.
 
-    Of a data set in batches every method but ``gram`` and ``dense`` is a pass over the batches, on the host.
+    Of a data set in batches every method but ``gram`` and ``dense`` is a pass over the batches, on the host. Whatever
+    the params' precision, all is squared and summed in float32 at least; results that are gradients (`mean`,
+    `weighted_sum`, `clipped_mean`) then take the params' dtypes. Every method can be differentiated, by the params,
+    the weights and what else it is given.
 
     Attributes:
       loss: the loss E; E_n is its value on a batch of one.
@@ -54,12 +56,14 @@ class PerExampleGradients:
         paths = [f"params{jax.tree_util.keystr(p)}" for p, _ in jax.tree_util.tree_leaves_with_path(self.params)]
         return {path: described(tap, held) for path, tap, held in zip(paths, found.taps, factors, strict=True)}
 
+    @dataset.on_automatic_axes
     def rows(self, method: Callable[..., Any], *given: Any) -> Any:
         """``method(held, *given)``, entries (N, ...) for the examples, of their `Held` gradients."""
         if self.factors is not None:
             return method(Held(self.loss, self.params, self.batch, self.factors), *given)
         return dataset.rows(_OfBatch(self.loss, method, dataset.rows), self.batch, self.params, *given)
 
+    @dataset.on_automatic_axes
     def total(self, method: Callable[..., Any], *given: Any, weights: Array | None = None) -> Any:
         """The sum over examples that ``method(held, *given)`` gives; or ``method(held, part of weights, *given)``."""
         weighted = weights is not None
@@ -78,15 +82,23 @@ class PerExampleGradients:
         """
         if not dataset.on_host(self.batch) and jnp.shape(weights) != (self.num_examples,):
             raise ValueError(f"weights: expected shape ({self.num_examples},), got {jnp.shape(weights)}")
-        return self.total(Held.weighted_sum, weights=lax.stop_gradient(jnp.asarray(weights)))
+        return self._like_params(self.total(Held.weighted_sum, weights=jnp.asarray(weights)))
 
     @dataset.jit
     def mean(self) -> ArrayTree:
         """ḡ = (1/N) Σ g_n, the gradient of E, like params."""
         if self.factors is None:
             return dataset.mean(contract.ValueAndGrad(self.loss), self.batch, self.params)[1]
+        return self._like_params(self.wide_mean())
+
+    @dataset.jit
+    def wide_mean(self) -> ArrayTree:
+        """ḡ in float32 at least, to be subtracted: params of half precision would round it by more than g_n − ḡ."""
         n = self.num_examples
-        return self.weighted_sum(jnp.full(n, 1 / n))
+        return self.total(Held.weighted_sum, weights=jnp.full(n, 1 / n))
+
+    def _like_params(self, tree: ArrayTree) -> ArrayTree:
+        return jax.tree.map(lambda x, p: x.astype(p.dtype), tree, self.params)
 
     @dataset.jit
     def vdot(self, tree: ArrayTree) -> Array:
@@ -97,19 +109,19 @@ class PerExampleGradients:
     @dataset.jit
     def norms(self) -> Array:
         """‖g_n‖ over all leaves, (N,)."""
-        return jnp.sqrt(sum(jax.tree.leaves(self.rows(Held.squares))))
+        return self.rows(_lengths)
 
     @dataset.jit
     def leaf_norms(self) -> ArrayTree:
         """‖g_n‖ of each leaf by itself, a pytree like params of (N,)."""
-        return jax.tree.map(jnp.sqrt, self.rows(Held.squares))
+        return jax.tree.map(_root, self.rows(Held.squares))
 
     @dataset.jit
     def cosine(self, tree: ArrayTree) -> Array:
         """g_n·v / ‖g_n‖‖v‖ for a vector v like params, (N,); NaN where a norm is 0."""
         contract.check_alike("tree", tree, self.params)
         along, squares = self.rows(_products_and_squares, tree)
-        return along / (jnp.sqrt(squares) * optax.tree.norm(tree))
+        return along / (jnp.sqrt(squares) * optax.tree.norm(jax.tree.map(lambda x: wide(jnp.asarray(x)), tree)))
 
     @dataset.jit
     def clipped_mean(self, max_norm: Array | float) -> ArrayTree:
@@ -118,13 +130,14 @@ class PerExampleGradients:
         Reference:
           Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, algorithm 1, without its noise.
         """
-        return optax.tree.scale(1 / self.num_examples, self.total(_clipped_sum, jnp.asarray(max_norm)))
+        summed = self.total(_clipped_sum, jnp.asarray(max_norm))
+        return self._like_params(optax.tree.scale(1 / self.num_examples, summed))
 
     @dataset.jit
     def distances(self, tree: ArrayTree) -> Array:
         """‖g_n − v‖ over all leaves, for a vector v like params, (N,)."""
         contract.check_alike("tree", tree, self.params)
-        return jnp.sqrt(self.rows(Held.squared_distances, tree))
+        return _root(self.rows(Held.squared_distances, tree))
 
     @dataset.jit
     def second_moment(self) -> ArrayTree:
@@ -141,7 +154,7 @@ class PerExampleGradients:
         n = self.num_examples
         if n < 2:
             raise ValueError("variance: expected two examples or more, got 1")
-        return jax.tree.map(lambda x: x / (n - 1), self.sum_of_deviations(self.mean()))
+        return jax.tree.map(lambda x: x / (n - 1), self.sum_of_deviations(self.wide_mean()))
 
     @dataset.jit
     def sum_of_deviations(self, tree: ArrayTree) -> ArrayTree:
@@ -158,7 +171,7 @@ class PerExampleGradients:
         dataset.check_in_memory("gram", self.batch, "every pair of examples meets: take fewer of them as one batch")
         return _gram(self)
 
-    @jax.jit
+    @dataset.jit
     def _dense(self) -> ArrayTree:
         return self.rows(Held.dense)
 
@@ -172,7 +185,7 @@ class PerExampleGradients:
         return self._dense()
 
 
-@jax.jit
+@dataset.jit
 def _gram(grads: PerExampleGradients) -> Array:
     # Every pair of examples meets: all factors are needed at once.
     factors = grads.factors or hold(grads.loss, grads.params, grads.batch)
@@ -184,8 +197,19 @@ def _products_and_squares(held: Held, tree: ArrayTree) -> tuple[Array, Any]:
 
 
 def _clipped_sum(held: Held, max_norm: Array) -> ArrayTree:
-    norms = jnp.sqrt(sum(jax.tree.leaves(held.squares())))
-    return held.weighted_sum(jnp.minimum(1, max_norm / jnp.where(norms > 0, norms, 1)))
+    norms = _lengths(held)
+    above = ~(norms <= max_norm)  # so that a NaN is handed on
+    return held.weighted_sum(jnp.where(above, max_norm / jnp.where(above, norms, 1), 1))
+
+
+def _lengths(held: Held) -> Array:
+    squares: Any = sum(jax.tree.leaves(held.squares()))
+    return _root(squares)
+
+
+def _root(squares: Array) -> Array:
+    """√x; at 0, where it has no derivative, with the one that a length may be given there: 0."""
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +234,8 @@ class _OfBatch:
 def gradients(loss: Loss, params: ArrayTree, batch: Any) -> PerExampleGradients:
     """The gradients of the N examples' own losses, as a value whose methods reduce over them.
 
-    By definition g_n is the gradient of the loss on the batch that holds example n alone. A leaf of params that one
-    matrix product or convolution consumes is held by two factors, found in the trace of the loss; small ones are
+    By definition g_n is the gradient of the loss on the batch that holds example n alone. A leaf of params that matrix
+    products, convolutions or lookups consume is held by two factors, found in the trace of the loss; small ones are
     carried; for any other, `jax.vmap` of `jax.grad` runs over chunks of examples: ``.plan`` tells which way each went.
 
     Args:
@@ -231,7 +255,8 @@ def gradients(loss: Loss, params: ArrayTree, batch: Any) -> PerExampleGradients:
         losses.check_parts(loss, params, batch)
         return PerExampleGradients(loss, params, batch, None)
     batch = jax.tree.map(jnp.asarray, batch)
-    held = _chunk_size(loss, params, batch) is None
+    # Where shardings are types, factors would come back as copies on every device.
+    held = _chunk_size(loss, params, batch) is None and not dataset.on_explicit_axes(params, batch)
     return PerExampleGradients(loss, params, batch, _hold(loss, params, batch) if held else None)
 
 

@@ -1,6 +1,7 @@
 """The N gradients of every leaf of the params, held by factors where they can be."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example import _taps
-from jaxnet.per_example._leaves import Factored, Formed, Leaves, Stacked, at_once, factored
-from jaxnet.per_example._taps import Tap
+from jaxnet.per_example._leaves import Factored, Formed, Leaves, at_once, wide
+from jaxnet.per_example._looked import Looked, merged
+from jaxnet.per_example._rules import Tap
+from jaxnet.per_example._stacked import Stacked, factored
 
 # Leaves of so many numbers are carried as they are, N copies of them: biases and scales.
 _SMALL = 4096
@@ -19,11 +22,10 @@ _SMALL = 4096
 _BANDS, _BAND = 4, 256
 
 Factors = tuple[Any, ...]
-"""For each leaf that is one product's kernel ``(a (N, S, T, d), δ (N, S, T, p))``, for a small one its gradients
-``(N, ...)``, for any other None."""
+"""For each leaf that is a product's kernel ``(a (N, S, T, d), δ (N, S, T, p))``, for a small one its gradients
+``(N, ...)``, for any other None; in float32 at least."""
 
-
-Group = Factored | Stacked | Formed
+Group = Factored | Looked | Stacked | Formed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +43,10 @@ class Held:
         leaves = jax.tree.leaves(self.params)
         found = _taps.trace(self.loss, self.params, self.batch)
         groups: list[tuple[list[int], Group]] = []
-        for i, (leaf, tap, held) in enumerate(zip(leaves, found.taps, self.factors, strict=True)):
-            if isinstance(held, tuple) and isinstance(tap, Tap):
-                like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-                groups.append(([i], factored(held[0], held[1], tap.matrix, like)))
+        for i, (leaf, taps, held) in enumerate(zip(leaves, found.taps, self.factors, strict=True)):
+            if isinstance(held, tuple) and not isinstance(taps, str):
+                like = jax.ShapeDtypeStruct(leaf.shape, wide(leaf).dtype)
+                groups.append(([i], factored(held[0], held[1], taps[0].matrix, like)))
         small = [i for i, held in enumerate(self.factors) if isinstance(held, jax.Array)]
         if small:
             groups.append(
@@ -65,7 +67,7 @@ class Held:
                 replaced[i] = leaf
             return self.loss(jax.tree.unflatten(structure, replaced), jax.tree.map(lambda x: x[None], example))
 
-        return lambda example: jax.grad(one)(tuple(leaves[i] for i in chosen), example)
+        return lambda example: jax.tree.map(wide, jax.grad(one)(tuple(leaves[i] for i in chosen), example))
 
     def _gather(self, method: Callable[[Group, Leaves], Leaves], tree: ArrayTree | None = None) -> ArrayTree:
         """Of a method that gives something for each leaf: a pytree like params."""
@@ -128,28 +130,47 @@ def hold(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Factors:
     """The factors of the examples' gradients, by one backward pass with respect to a zero at each kernel's output."""
     contract.check(loss, params, batch)
     found, leaves = _taps.trace(loss, params, batch), jax.tree.leaves(params)
-    tapped = {i: tap for i, tap in enumerate(found.taps) if isinstance(tap, Tap)}
+    tapped = {i: taps for i, taps in enumerate(found.taps) if not isinstance(taps, str)}
     small = [i for i, leaf in enumerate(leaves) if i not in tapped and leaf.size <= _SMALL]
 
     def one(example: ArrayTree) -> tuple[dict[int, Any], dict[int, Array]]:
-        def value(epsilons: dict[int, Array], carried: dict[int, Array]) -> tuple[Array, dict[int, Array]]:
+        def value(epsilons: _taps.Epsilons, carried: dict[int, Array]) -> tuple[Array, dict[_taps.Use, Array]]:
             replaced = [carried.get(i, leaf) for i, leaf in enumerate(leaves)]
             return found.evaluate(replaced, example, epsilons)
 
-        epsilons = {i: jnp.zeros(tap.output.shape, tap.output.dtype) for i, tap in tapped.items()}
+        epsilons = {use: jnp.zeros(tap.output.shape, tap.output.dtype) for use, tap in found.uses.items()}
         (deltas, carried), others = jax.grad(value, argnums=(0, 1), has_aux=True)(
             epsilons, {i: leaves[i] for i in small}
         )
-        return {i: tap.rows(others[i], deltas[i]) for i, tap in tapped.items()}, carried
+        rows = {use: _real(*tap.rows(others[use], deltas[use])) for use, tap in found.uses.items()}
+        return {
+            i: _joined(taps, [rows[i, j] for j in range(len(taps))], leaves[i]) for i, taps in tapped.items()
+        }, carried
 
-    factors, carried = jax.vmap(one)(batch)
+    factors, carried = jax.tree.map(wide, jax.vmap(one)(batch))
     return tuple({**factors, **carried}.get(i) for i in range(len(leaves)))
 
 
-def described(tap: Tap | str, held: Any) -> str:
+def _real(a: Array, delta: Array) -> tuple[Array, Array]:
+    """Factors (S, T, ·) of a real leaf that met complex numbers: Re Σ_t a_t δ_tᵀ, of twice as many real rows."""
+    if not jnp.iscomplexobj(a):
+        return a, delta.real
+    return jnp.concatenate([a.real, a.imag], axis=1), jnp.concatenate([delta.real, -delta.imag], axis=1)
+
+
+def _joined(taps: tuple[Tap, ...], rows: list[tuple[Array, Array]], leaf: Array) -> tuple[Array, Array]:
+    """The rows (S, T, ·) of a leaf's uses as those of one sum."""
+    a, delta = (jnp.concatenate(parts, axis=1) for parts in zip(*rows, strict=True))
+    if taps[0].lookup:
+        d = jax.eval_shape(taps[0].matrix, leaf).shape[1]
+        return jax.vmap(functools.partial(merged, d=d))(a, wide(delta))
+    return a, delta
+
+
+def described(taps: tuple[Tap, ...] | str, held: Any) -> str:
     """How a leaf's gradients are held, and why."""
-    if isinstance(held, tuple) and isinstance(tap, Tap):
-        _, layers, steps, _ = held[0].shape
-        return f"factors of {tap.description}, {f'S = {layers}, ' if layers > 1 else ''}T = {steps}"
-    why = tap if isinstance(tap, str) else tap.description
-    return f"carried: small; {why}" if held is not None else f"vmap(grad): {why}"
+    if isinstance(taps, str):
+        return f"carried: small; {taps}" if held is not None else f"vmap(grad): {taps}"
+    _, layers, steps, _ = held[0].shape
+    uses = " and ".join(tap.description for tap in taps)
+    return f"factors of {uses}, {f'S = {layers}, ' if layers > 1 else ''}T = {steps}"

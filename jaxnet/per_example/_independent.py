@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxnet import contract, dataset
+from jaxnet import contract, dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
 
 
@@ -25,4 +25,4 @@ def check_independent(loss: Loss, params: ArrayTree, batch: Any, *, key: Array |
       TypeError, ValueError: the arguments do not fit the contract.
       UserError: the loss is no such mean.
     """
-    contract.check_mean(loss, params, dataset.first(dataset.of(batch)), key)
+    losses.check_mean(loss, params, dataset.first(dataset.of(batch)), key)

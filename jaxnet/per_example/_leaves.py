@@ -19,12 +19,17 @@ from jax import lax
 
 from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree
-from jaxnet.per_example._taps import View
+from jaxnet.per_example._rules import View
 
 
 def at_once(size: int) -> int:
     """Of how many examples ``size`` numbers each are worked on at a time: as many as stay in the cache."""
     return max(1, 2**20 // max(1, size))
+
+
+def wide(x: Array) -> Array:
+    """The same in float32 at least: in half precision a sum stands still, and a square overflows."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 Leaves = tuple[Array, ...]
@@ -36,7 +41,7 @@ class Formed:
 
     Attributes:
       examples: a pytree with a leading axis N.
-      form: ``form(chunk)``, the gradients of n of the examples: for each leaf (n, ...).
+      form: ``form(chunk)``, the gradients of n of the examples: for each leaf (n, ...), in float32 at least.
       at_once: how many at a time.
     """
 
@@ -110,10 +115,10 @@ class Factored:
     """The gradients of one leaf, Σ_t a_nt δ_ntᵀ as the matrix K that is a rearrangement of it.
 
     Attributes:
-      a: (N, T, d).
-      delta: (N, T, p).
+      a: (N, T, d), real, in float32 at least.
+      delta: (N, T, p), likewise.
       matrix: from the leaf to K (d, p).
-      like: the leaf's shape and dtype.
+      like: the leaf's shape, and the dtype of what is like it.
     """
 
     a: Array
@@ -128,8 +133,7 @@ class Factored:
 
     def _leaf(self, kernel: Array) -> Array:
         """K as the leaf: what rearranges is its own transpose's inverse."""
-        wanted = jax.eval_shape(self.matrix, self.like).dtype
-        return jax.linear_transpose(self.matrix, self.like)(kernel.astype(wanted))[0]
+        return jax.linear_transpose(self.matrix, self.like)(kernel.astype(self.like.dtype))[0]
 
     @property
     def formed(self) -> Formed:
@@ -225,79 +229,6 @@ class Factored:
     def dense(self) -> Leaves:
         """All g_n, (N, ...)."""
         return self.formed.form((self.a, self.delta))
-
-
-@dataclasses.dataclass(frozen=True)
-class Stacked:
-    """The gradients of one leaf that holds S kernels, the layers of a scan: S matrices beside one another.
-
-    Attributes:
-      a: (N, S, T, d).
-      delta: (N, S, T, p).
-      matrices: from the leaf to (S, d, p).
-      like: the leaf's shape and dtype.
-    """
-
-    a: Array
-    delta: Array
-    matrices: View
-    like: jax.ShapeDtypeStruct
-
-    def _of_layers(self, method: Callable[..., Any], *given: Array) -> Any:
-        """``method(layer, *given[s])`` of each layer s, (S, ...): one at a time, since a layer is a matrix's work."""
-        _, _, _, d = self.a.shape
-        p = self.delta.shape[-1]
-        wanted = jax.eval_shape(self.matrices, self.like).dtype
-
-        def of_layer(parts: Any) -> Any:
-            a, delta, given = parts
-            return method(Factored(a, delta, lambda x: x, jax.ShapeDtypeStruct((d, p), wanted)), *given)
-
-        return lax.map(of_layer, (*(jnp.moveaxis(x, 1, 0) for x in (self.a, self.delta)), given))
-
-    def _leaf(self, kernels: Array) -> Array:
-        return jax.linear_transpose(self.matrices, self.like)(kernels)[0]
-
-    def squares(self) -> Leaves:
-        """‖g_n‖², (N,)."""
-        return (self._of_layers(lambda layer: layer.squares()[0]).sum(axis=0),)
-
-    def vdot(self, v: Leaves) -> Array:
-        """g_n·v, (N,)."""
-        return self._of_layers(lambda layer, v: layer.vdot((v,)), self.matrices(v[0])).sum(axis=0)
-
-    def weighted_sum(self, weights: Array) -> Leaves:
-        """Σ w_n g_n, like the leaf."""
-        return (self._leaf(self._of_layers(lambda layer: layer.weighted_sum(weights)[0])),)
-
-    def sum_of_squares(self) -> Leaves:
-        """Σ g_n², like the leaf."""
-        return (self._leaf(self._of_layers(lambda layer: layer.sum_of_squares()[0])),)
-
-    def deviations(self, centre: Leaves) -> tuple[Array, Leaves]:
-        """‖g_n − v‖², (N,), and Σ (g_n − v)², like the leaf."""
-        squares, sums = self._of_layers(lambda layer, v: layer.deviations((v,)), self.matrices(centre[0]))
-        return squares.sum(axis=0), (self._leaf(sums[0]),)
-
-    def rows(self, start: int, stop: int) -> "Stacked":
-        """Those of some of the examples."""
-        return dataclasses.replace(self, a=self.a[start:stop], delta=self.delta[start:stop])
-
-    def products(self, other: "Stacked") -> Array:
-        """g_n·g_m with M others, (N, M)."""
-        pair = lambda layer, a, delta: layer.products(dataclasses.replace(layer, a=a, delta=delta))
-        return self._of_layers(pair, *(jnp.moveaxis(x, 1, 0) for x in (other.a, other.delta))).sum(axis=0)
-
-    def dense(self) -> Leaves:
-        """All g_n, (N, ...)."""
-        return (jax.vmap(self._leaf, in_axes=1)(self._of_layers(lambda layer: layer.dense()[0])),)
-
-
-def factored(a: Array, delta: Array, matrices: View, like: jax.ShapeDtypeStruct) -> Factored | Stacked:
-    """The gradients of one leaf by its factors (N, S, T, ·)."""
-    if a.shape[1] > 1:
-        return Stacked(a, delta, matrices, like)
-    return Factored(a[:, 0], delta[:, 0], lambda leaf: matrices(leaf)[0], like)
 
 
 def _flat(g: Array) -> Array:

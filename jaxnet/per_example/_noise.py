@@ -65,7 +65,7 @@ def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
 @functools.partial(dataset.jit, static_argnames="loss")
 def _noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
     grads = gradients(loss, params, batch)
-    mean = grads.mean()
+    mean = grads.wide_mean()
     return _from_deviations(mean, *grads.rows(_about, mean))
 
 
@@ -74,7 +74,7 @@ def _about(held: Held, mean: ArrayTree) -> tuple[Array, Array]:
     return held.squared_distances(mean), held.vdot(mean)
 
 
-@jax.jit
+@dataset.jit
 def _from_deviations(mean: ArrayTree, squares: Array, along: Array) -> NoiseScale:
     """From |g_n − ḡ|², not |g_n|²: |g_n|² − |ḡ|² would cancel where the gradients are alike."""
     n = squares.size

@@ -1,10 +1,11 @@
 """Where each leaf of the params enters a loss, and the two factors of its gradient there.
 
-The loss of one example is traced. A leaf that one matrix product or convolution consumes, once, as its kernel, has the
-gradient Σ_t a_t δ_tᵀ, with the other operand's rows a and the gradient δ at the product's output. So the trace is
-evaluated with a zero ε added to that output, and a recorded on the way: differentiated by ε, one backward pass gives
-every leaf's a and δ. The trace is followed through nested jits, rematerialisation and scans, over layers or over time;
-whatever else a leaf meets (a second use, another loop, a custom derivative) is opaque.
+The loss of one example is traced. A leaf that a matrix product or convolution consumes as its kernel, or a lookup as
+its table, has the gradient Σ_t a_t δ_tᵀ, with the other operand's rows a and the gradient δ at the product's output. So
+the trace is evaluated with a zero ε added to that output, and a recorded on the way: differentiated by ε, one backward
+pass gives every leaf's a and δ. Used several times so, it has the rows of all its uses in its one sum. The trace is
+followed through nested jits, rematerialisation and scans, over layers or over time; whatever else a leaf meets (another
+loop, a sum, a custom derivative) is opaque.
 
 Reference:
   Goodfellow, "Efficient Per-Example Gradient Computations", 2015; Rochette, Manoel & Tramel, "Efficient Per-Example
@@ -14,7 +15,7 @@ Reference:
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,41 +24,19 @@ from jax import lax
 from jax.extend import core
 
 from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.per_example._rules import RULES, Path, Tap, View
 
-Path = tuple[int, ...]
-"""An equation by its index, and those of the equations that enclose it, outermost first."""
-View = Callable[[Array], Array]
-"""A rearrangement of a leaf's entries."""
-Epsilons = dict[int, Array]
-"""For each tapped leaf, by its position, the ε at its output."""
+Use = tuple[int, int]
+"""A leaf by its position, and which of its uses."""
+Epsilons = dict[Use, Array]
+"""For each tapped use of a leaf the ε at its output."""
 
 # Primitives that only rearrange the entries of one operand.
-_REARRANGE = {"reshape", "transpose", "squeeze", "expand_dims", "convert_element_type", "copy"}
+_REARRANGE = {"reshape", "transpose", "squeeze", "expand_dims", "copy"}
 # Primitives that hold one jaxpr and mean what it means, and the parameter that holds it; 0.11 renamed the second.
 _INLINE = {"jit": "jaxpr", "closed_call": "call_jaxpr", "eval_jaxpr": "call_jaxpr", "remat2": "jaxpr"}
 # Those that the taps enter.
 _ENTER = {**_INLINE, "scan": "jaxpr"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tap:
-    """The one use of a leaf as a kernel.
-
-    Attributes:
-      path: of the equation.
-      operand: which of its two operands is the other one.
-      output: the output's shape and dtype, those of ε.
-      rows: ``rows(other operand, δ of the output)`` to ``(a (S, T, d), δ (S, T, p))``.
-      matrix: the leaf as its kernels' matrices (S, d, p): S = 1, or the layers that a scan passes through.
-      description: what it is, for people.
-    """
-
-    path: Path
-    operand: int
-    output: jax.ShapeDtypeStruct
-    rows: Callable[[Array, Array], tuple[Array, Array]]
-    matrix: View
-    description: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,29 +45,35 @@ class Trace:
 
     Attributes:
       closed: its jaxpr over params' leaves and the example's.
-      taps: for each leaf of params its `Tap`, or words for why there is none.
+      taps: for each leaf of params a `Tap` for each of its uses, or words for why there is none.
     """
 
     closed: core.ClosedJaxpr
-    taps: tuple[Tap | str, ...]
+    taps: tuple[tuple[Tap, ...] | str, ...]
 
-    def evaluate(self, leaves: list[Array], example: ArrayTree, epsilons: Epsilons) -> tuple[Array, dict[int, Array]]:
-        """The loss with ε added at the taps of the given leaves, and their other operands."""
-        taps = {i: tap for i, tap in enumerate(self.taps) if isinstance(tap, Tap)}
+    @property
+    def uses(self) -> dict[Use, Tap]:
+        """Every tap."""
+        found = ((i, taps) for i, taps in enumerate(self.taps) if not isinstance(taps, str))
+        return {(i, j): tap for i, taps in found for j, tap in enumerate(taps)}
+
+    def evaluate(self, leaves: list[Array], example: ArrayTree, epsilons: Epsilons) -> tuple[Array, dict[Use, Array]]:
+        """The loss with ε added at the taps, and their other operands."""
+        taps = self.uses
 
         def run(
             jaxpr: core.Jaxpr, consts: Any, arguments: Any, path: Path, epsilons: Epsilons
         ) -> tuple[list[Any], Any]:
             env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
             read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
-            record: dict[int, Array] = {}
+            record: dict[Use, Array] = {}
             for index, eqn in enumerate(jaxpr.eqns):
                 here, values = (*path, index), [read(v) for v in eqn.invars]
-                within = {i: epsilon for i, epsilon in epsilons.items() if taps[i].path[: len(here)] == here}
-                leaf = next((i for i in within if taps[i].path == here), None)
-                if leaf is not None:
-                    record[leaf] = values[taps[leaf].operand]
-                    results = [_apply(eqn, values)[0] + epsilons[leaf]]
+                within = {use: epsilon for use, epsilon in epsilons.items() if taps[use].path[: len(here)] == here}
+                tapped = next((use for use in within if taps[use].path == here), None)
+                if tapped is not None:
+                    record[tapped] = values[taps[tapped].operand]
+                    results = [_apply(eqn, values)[0] + epsilons[tapped]]
                 elif within:
                     inner, inner_consts = _inner(eqn)
                     body = lambda values, epsilons: run(inner, inner_consts, values, here, epsilons)
@@ -130,20 +115,67 @@ def trace(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Trace:
     shapes = lambda tree, skip: jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[skip:], x.dtype), tree)
     closed = jax.make_jaxpr(one)(shapes(params, 0), shapes(batch, 1))
     uses: list[list[Tap | str]] = [[] for _ in jax.tree.leaves(params)]
-    views: dict[Any, tuple[int, View]] = {closed.jaxpr.invars[i]: (i, _same) for i in range(len(uses))}
+    inputs = closed.jaxpr.invars[: len(uses)]
+    views = {v: _Seen(i, _dtype(v), _same) for i, v in enumerate(inputs)}
     _find(closed.jaxpr, views, (), uses)
-    return Trace(closed, tuple(_only(found) for found in uses))
+    return Trace(closed, tuple(_together(found, v.aval.shape) for found, v in zip(uses, inputs, strict=True)))
+
+
+class _Seen(NamedTuple):
+    """A variable that holds a rearrangement of a leaf: which leaf, of which dtype, and how."""
+
+    leaf: int
+    dtype: Any
+    view: View
 
 
 def _same(x: Array) -> Array:
     return x
 
 
-def _only(found: list[Tap | str]) -> Tap | str:
-    if len(found) == 1:
-        return found[0]
+def _together(found: list[Tap | str], shape: tuple[int, ...]) -> tuple[Tap, ...] | str:
+    taps = [use for use in found if isinstance(use, Tap)]
+    if found and len(taps) == len(found) and (alike := _laid_alike(taps, shape)):
+        return alike
     uses = [use if isinstance(use, str) else use.description for use in found]
+    if len(uses) == 1:
+        return uses[0]
     return f"used {len(found)} times: {', '.join(uses)}" if found else "not used"
+
+
+def _laid_alike(taps: list[Tap], shape: tuple[int, ...]) -> tuple[Tap, ...] | None:
+    """The uses as those of the first one's matrices, where theirs are these or these transposed."""
+    if len(taps) == 1:
+        return tuple(taps)
+    if not all(tap.lookup for tap in taps):
+        taps = [_by_unit_vectors(tap, shape) if tap.lookup else tap for tap in taps]
+    numbered = np.arange(int(np.prod(shape))).reshape(shape)
+    with jax.ensure_compile_time_eval():
+        matrices = [np.asarray(tap.matrix(jnp.asarray(numbered))) for tap in taps]
+    alike = []
+    for tap, matrix in zip(taps, matrices, strict=True):
+        if np.array_equal(matrix, matrices[0]):
+            alike.append(tap)
+        elif np.array_equal(np.swapaxes(matrix, 1, 2), matrices[0]) and not tap.lookup:
+            alike.append(dataclasses.replace(tap, rows=functools.partial(_swapped, tap.rows)))
+        else:
+            return None
+    return tuple(alike)
+
+
+def _swapped(rows: Callable[..., tuple[Array, Array]], a: Array, delta: Array) -> tuple[Array, Array]:
+    return rows(a, delta)[::-1]
+
+
+def _by_unit_vectors(tap: Tap, shape: tuple[int, ...]) -> Tap:
+    """A lookup as the product that it stands for."""
+    d = jax.eval_shape(tap.matrix, jax.ShapeDtypeStruct(shape, jnp.float32)).shape[1]
+
+    def rows(indices: Array, delta: Array) -> tuple[Array, Array]:
+        ids, delta = tap.rows(indices, delta)
+        return jax.nn.one_hot(ids[..., 0], d, dtype=delta.real.dtype), delta
+
+    return dataclasses.replace(tap, rows=rows, lookup=False)
 
 
 def _inner(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Any]:
@@ -159,18 +191,18 @@ def _scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
     return eqn.params["num_consts"], eqn.params["num_carry"]
 
 
-def _find(
-    jaxpr: core.Jaxpr, views: dict[Any, tuple[int, View]], path: Path, uses: list[list[Tap | str]]
-) -> list[tuple[int, View] | None]:
+def _find(jaxpr: core.Jaxpr, views: dict[Any, _Seen], path: Path, uses: list[list[Tap | str]]) -> list[_Seen | None]:
     """Note every use of the leaves of which ``views`` holds rearrangements; which of them the jaxpr returns."""
     for index, eqn in enumerate(jaxpr.eqns):
         held = [None if isinstance(v, core.Literal) else views.get(v) for v in eqn.invars]
-        if not any(held):
+        found = [seen for seen in held if seen]
+        if not found:
             continue
         name, here = eqn.primitive.name, (*path, index)
         if name in _REARRANGE or (name == "broadcast_in_dim" and _size(eqn.invars[0]) == _size(eqn.outvars[0])):
-            leaf, before = next(filter(None, held))
-            views[eqn.outvars[0]] = leaf, _then(before, eqn)
+            views[eqn.outvars[0]] = found[0]._replace(view=_then(found[0].view, eqn))
+        elif name == "convert_element_type" and _is_a_copy(eqn, found[0]):
+            views[eqn.outvars[0]] = found[0]
         elif name in _INLINE:
             inner, _ = _inner(eqn)
             passed = {v: view for v, view in zip(inner.invars, held, strict=True) if view}
@@ -179,22 +211,19 @@ def _find(
         elif name == "scan":
             _find_in_scan(eqn, held, here, uses)
         else:
-            rule = _RULES.get(name)
-            for position, view in enumerate(held):
-                if view:
-                    leaf, before = view
-                    tap = rule(eqn, position, before, here) if rule and held.count(None) == len(held) - 1 else None
-                    uses[leaf].append(tap or name)
+            rule = RULES.get(name)
+            for position, seen in enumerate(held):
+                if seen:
+                    tap = rule(eqn, position, seen.view, here) if rule and len(found) == 1 else None
+                    uses[seen.leaf].append(tap or name)
     returned = [None if isinstance(v, core.Literal) else views.get(v) for v in jaxpr.outvars]
     if not path:
-        for view in filter(None, returned):
-            uses[view[0]].append("the loss itself")
+        for seen in filter(None, returned):
+            uses[seen.leaf].append("the loss itself")
     return returned
 
 
-def _find_in_scan(
-    eqn: core.JaxprEqn, held: list[tuple[int, View] | None], here: Path, uses: list[list[Tap | str]]
-) -> None:
+def _find_in_scan(eqn: core.JaxprEqn, held: list[_Seen | None], here: Path, uses: list[list[Tap | str]]) -> None:
     """A leaf scanned over is S layers' kernels; one that every step shares has the steps' rows in its one sum."""
     inner, _ = _inner(eqn)
     first_carry, num_carry = _scan_counts(eqn)
@@ -205,16 +234,16 @@ def _find_in_scan(
         ["the carry of a scan"] if is_carry(position) else [] for position in range(len(held))
     ]
     passed = {
-        inner.invars[position]: (position, _same if position >= first_scanned else view[1])
-        for position, view in enumerate(held)
-        if view and not is_carry(position)
+        inner.invars[position]: _Seen(position, seen.dtype, _same if position >= first_scanned else seen.view)
+        for position, seen in enumerate(held)
+        if seen and not is_carry(position)
     }
     for returned in filter(None, _find(inner, passed, here, found)):
-        found[returned[0]].append("scan")
-    for position, view in enumerate(held):
-        if view:
-            wrap = functools.partial(_layers, before=view[1]) if position >= first_scanned else _steps
-            uses[view[0]].extend(use if isinstance(use, str) else wrap(use, length) for use in found[position])
+        found[returned.leaf].append("scan")
+    for position, seen in enumerate(held):
+        if seen:
+            wrap = functools.partial(_layers, before=seen.view) if position >= first_scanned else _steps
+            uses[seen.leaf].extend(use if isinstance(use, str) else wrap(use, length) for use in found[position])
 
 
 def _longer(output: jax.ShapeDtypeStruct, length: int) -> jax.ShapeDtypeStruct:
@@ -244,12 +273,31 @@ def _steps(tap: Tap, length: int) -> Tap:
     )
 
 
-def _shape(v: Any) -> tuple[int, ...]:
-    return v.aval.shape
-
-
 def _size(v: Any) -> int:
-    return int(np.prod(_shape(v)))
+    return int(np.prod(v.aval.shape))
+
+
+def _dtype(v: Any) -> Any:
+    return v.aval.dtype
+
+
+def _is_a_copy(cast: core.JaxprEqn, seen: _Seen) -> bool:
+    """Whether a cast hands on a leaf's entries, and the gradient by them, as they are.
+
+    One to integers or booleans has no derivative. To complex numbers and to half precision, in which a product then
+    runs, it is a copy; but what is rounded and widened again has a gradient rounded on the way, and so has what is
+    rounded to eight bits or less: that is quantisation.
+    """
+    old, new = _dtype(cast.invars[0]), _dtype(cast.outvars[0])
+    if not jnp.issubdtype(new, jnp.inexact):
+        return False
+    return new.itemsize >= 2 and (_within(new, old) or _within(seen.dtype, old))
+
+
+def _within(few: Any, many: Any) -> bool:
+    """Whether a float of the one dtype is one of the other, too."""
+    few, many = jnp.finfo(few), jnp.finfo(many)
+    return few.nmant <= many.nmant and few.maxexp <= many.maxexp
 
 
 def _then(before: View, eqn: core.JaxprEqn) -> View:
@@ -262,65 +310,3 @@ def _apply(eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
     about = core.DebugInfo("per_example", eqn.primitive.name, None, None)
     alone = core.Jaxpr((), list(given), eqn.outvars, [eqn], debug_info=about)
     return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*given.values())
-
-
-def _output(eqn: core.JaxprEqn) -> jax.ShapeDtypeStruct:
-    aval: Any = eqn.outvars[0].aval
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
-def _dot_general(eqn: core.JaxprEqn, position: int, before: View, path: Path) -> Tap | None:
-    """K (d, p) of a product without batch dimensions: the output's axes are the free ones, left before right."""
-    contracting, batching = eqn.params["dimension_numbers"]
-    if any(map(len, batching)):
-        return None
-    other = 1 - position
-    mine, theirs = tuple(contracting[position]), tuple(contracting[other])
-    free = tuple(i for i in range(len(_shape(eqn.invars[position]))) if i not in mine)
-    rest = tuple(i for i in range(len(_shape(eqn.invars[other]))) if i not in theirs)
-
-    def rows(a: Array, delta: Array) -> tuple[Array, Array]:
-        a = jnp.transpose(a, (*rest, *theirs))
-        d = int(np.prod(a.shape[len(rest) :]))
-        if position == 0:
-            delta = jnp.moveaxis(delta, range(len(free)), range(-len(free), 0))
-        steps = int(np.prod(delta.shape[: len(rest)]))
-        return a.reshape(1, steps, d), delta.reshape(1, steps, -1)
-
-    def matrix(leaf: Array) -> Array:
-        kernel = jnp.transpose(before(leaf), (*mine, *free))
-        return kernel.reshape(1, int(np.prod(kernel.shape[: len(mine)])), -1)
-
-    return Tap(path, other, _output(eqn), rows, matrix, "a matrix product")
-
-
-def _conv_general_dilated(eqn: core.JaxprEqn, position: int, before: View, path: Path) -> Tap | None:
-    """A convolution is the product of the input's patches (T, d) with the kernel as a matrix (d, p)."""
-    options = eqn.params
-    if position == 0 or options["feature_group_count"] != 1 or options["batch_group_count"] != 1:
-        return None
-    numbers = options["dimension_numbers"]
-    kernel_spec, out_spec = numbers.rhs_spec, numbers.out_spec
-    window = [_shape(eqn.invars[1])[i] for i in kernel_spec[2:]]
-
-    def rows(a: Array, delta: Array) -> tuple[Array, Array]:
-        # Channels first: the patches' entries then come in the order (channel, window).
-        patches = lax.conv_general_dilated_patches(
-            jnp.transpose(a, numbers.lhs_spec),
-            window,
-            options["window_strides"],
-            options["padding"],
-            options["lhs_dilation"],
-            options["rhs_dilation"],
-        )
-        last = lambda x: jnp.moveaxis(x, 1, -1).reshape(1, -1, x.shape[1])
-        return last(patches), last(jnp.transpose(delta, out_spec))
-
-    def matrix(leaf: Array) -> Array:
-        kernel = jnp.transpose(before(leaf), kernel_spec)
-        return kernel.reshape(kernel.shape[0], -1).T[None]
-
-    return Tap(path, 0, _output(eqn), rows, matrix, "a convolution")
-
-
-_RULES = {"dot_general": _dot_general, "conv_general_dilated": _conv_general_dilated}

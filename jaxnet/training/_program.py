@@ -283,7 +283,7 @@ def _keep_best(carry: Carry, loss: Array) -> Carry:
 compiled_run = dataset.jit(_epochs, static_argnames="program")
 
 
-@functools.partial(jax.jit, static_argnames=("program", "many_keys"))
+@functools.partial(dataset.jit, static_argnames=("program", "many_keys"))
 def compiled_sweep(
     program: Program,
     start: ArrayTree,

@@ -1,3 +1,5 @@
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -63,6 +65,49 @@ def test_methods_cross_jit(problem):
     chex.assert_trees_all_close(
         jax.jit(lambda g: (g.mean(), g.norms()))(grads), (grads.mean(), grads.norms()), rtol=1e-9
     )
+
+
+@pytest.mark.parametrize("held", [2**22, 0])
+def test_what_is_made_of_the_gradients_has_derivatives(problem, rows, held, monkeypatch):
+    """By the weights and by the params, against the same functions of all N gradients as a matrix."""
+    module = sys.modules["jaxnet.per_example._gradients"]
+    monkeypatch.setattr(module, "_HELD", held)
+    loss, params, batch = problem
+    batch = jax.tree.map(lambda x: x[:6], batch)
+    weights = jnp.linspace(-1, 2, 6)
+    bound = float(np.median(np.linalg.norm(rows[:6], axis=1)))
+    one = lambda params, example: ravel_pytree(jax.grad(loss)(params, jax.tree.map(lambda x: x[None], example)))[0]
+
+    def ours(params, weights):
+        grads = per_example.gradients(loss, params, batch)
+        summed, clipped = grads.weighted_sum(weights), grads.clipped_mean(bound)
+        return flat_sum(summed) + flat_sum(clipped) * 3 + jnp.sum(weights * grads.norms()) + jnp.sum(grads.gram() ** 2)
+
+    def expected(params, weights):
+        rows = jax.vmap(one, in_axes=(None, 0))(params, batch)
+        norms = jnp.linalg.norm(rows, axis=1)
+        clipped = (rows * jnp.minimum(1, bound / norms)[:, None]).mean(axis=0)
+        along = jnp.sum((weights @ rows) ** 2) + 3 * jnp.sum(clipped**2)
+        return along + jnp.sum(weights * norms) + jnp.sum((rows @ rows.T) ** 2)
+
+    def both(function):
+        gradient = jax.grad(function, argnums=(0, 1))
+        return jax.jit(lambda: jax.jvp(gradient, (params, weights), (params, weights)))()
+
+    chex.assert_trees_all_close(both(ours), both(expected), rtol=1e-9, atol=1e-9)
+
+
+def flat_sum(tree):
+    return optax.tree.norm(tree, squared=True)
+
+
+def test_an_example_without_gradient_has_a_derivative(x64):
+    """g_n = p x_n, one x_n = 0: the derivative of Σ‖g_n‖ by p is Σ|x_n|, and of the clipped mean the mean of x_n."""
+    loss = lambda p, x: jnp.mean(p**2 * x) / 2
+    x = jnp.array([0.0, 0.5, 1.0])
+    grads = lambda p: per_example.gradients(loss, p, x)
+    assert jax.grad(lambda p: grads(p).norms().sum())(jnp.array(1.0)) == 1.5
+    assert jax.grad(lambda p: grads(p).clipped_mean(2.0))(jnp.array(1.0)) == 0.5
 
 
 def test_bad_arguments(mlp_problem):

@@ -68,6 +68,65 @@ def grouped_convolution():
     return losses.mean_loss(network, CROSS_ENTROPY), params, (normal(1, 5, 8, 8, 2), jnp.arange(5) % 3)
 
 
+def depthwise_convolution():
+    """Each channel by two filters of its own, channels first."""
+
+    def network(p, x):
+        y = jax.lax.conv_general_dilated(jnp.moveaxis(x, -1, 1), p["kernel"], (2, 1), "VALID", feature_group_count=2)
+        return jnp.tanh(y).mean(axis=(2, 3)) @ p["last"]
+
+    params = {"kernel": normal(2, 4, 1, 3, 2), "last": normal(3, 4, 3)}
+    return losses.mean_loss(network, CROSS_ENTROPY), params, (normal(1, 5, 8, 8, 2), jnp.arange(5) % 3)
+
+
+def tokens(network, params, length=6):
+    batch = (jax.random.randint(KEY, (5, length), 0, 7), jnp.arange(5) % 3)
+    return losses.mean_loss(network, CROSS_ENTROPY), params, batch
+
+
+def lookups():
+    """Rows of tables, some read twice and some by no example, by index, by `take`, as columns, one by one, and numbers;
+    and tokens outside the table, read as 0 or as the last row."""
+
+    def network(p, x):
+        h = p["rows"][x].sum(axis=1) + jnp.take(p["taken"], x, axis=0)[:, 0] + p["columns"].T[:, x].sum(axis=2).T
+        h += jax.vmap(jax.vmap(lambda i: p["one"][i]))(x).prod(axis=1) + p["numbers"][x].sum(axis=1)[:, None]
+        h += p["padded"].at[x - 3].get(mode="fill", fill_value=0, wrap_negative_indices=False).sum(axis=1)
+        return jnp.tanh(h + p["clipped"].at[x + 3].get(mode="clip").sum(axis=1)) @ p["last"]
+
+    tables = {name: normal(i, 9, 4) for i, name in enumerate(("rows", "taken", "columns", "one"))}
+    outside = {"padded": normal(5, 3, 4), "clipped": normal(6, 5, 4)}
+    return tokens(network, {**tables, **outside, "numbers": normal(7, 8), "last": normal(8, 4, 3)})
+
+
+def looked_up_in_a_scan():
+    """One table for all steps, and one for each; complex waves of a third."""
+
+    def network(p, x):
+        step = lambda h, t: (jnp.tanh(h + p["rows"][t[0]] + t[1][x[:, 0]]), None)
+        h = jax.lax.scan(step, jnp.zeros((len(x), 4)), (x.T, p["layers"]))[0]
+        return (h + (p["waves"].astype(complex)[x] * jnp.exp(1j * jnp.arange(4))).sum(axis=1).imag) @ p["last"]
+
+    params = {"rows": normal(2, 7, 4), "layers": normal(3, 6, 7, 4), "waves": normal(4, 7, 4), "last": normal(5, 4, 3)}
+    return tokens(network, params)
+
+
+def tied_embedding():
+    """A table that tokens are looked up in, and that their features meet again."""
+    network = lambda p, x: jnp.tanh(p["table"][x] @ p["inner"]).mean(axis=1) @ p["table"].T @ normal(5, 7, 3)
+    return tokens(network, {"table": normal(2, 7, 4), "inner": normal(3, 4, 4)})
+
+
+def shared():
+    """A table for the first tokens and the last, a kernel for two layers, and one that is reshaped in between."""
+
+    def network(p, x):
+        h = jnp.tanh((p["table"][x[:, 0]] * p["table"][x[:, 1]]) @ p["kernel"]) @ p["kernel"]
+        return h @ p["folded"] @ p["folded"].reshape(2, 4) @ normal(5, 4, 3)
+
+    return tokens(network, {"table": normal(2, 7, 4), "kernel": normal(3, 4, 4), "folded": normal(4, 4, 2)}, 2)
+
+
 def nested():
     """A jit within a rematerialisation, called twice with other params."""
 
@@ -152,6 +211,44 @@ def custom_derivative():
     return vectors(lambda p, x: jnp.tanh(doubled(p["first"], x)) @ p["last"], two_layers())
 
 
+def phase_retrieval():
+    """Real params that meet complex inputs; and a convolution by a complex kernel."""
+
+    def network(p, x):
+        waves = jnp.exp(1j * x) @ p["first"] + p["bias"]
+        rows = jax.lax.conv_general_dilated(
+            jnp.fft.fft(x)[:, None], p["filter"].T[:, None].astype(complex), (1,), "SAME"
+        )
+        return (jnp.abs(waves) ** 2 + rows.sum(axis=-1).imag) @ p["last"]
+
+    return vectors(network, two_layers(filter=normal(5, 3, 5)))
+
+
+def spectrum_of_a_kernel():
+    return vectors(lambda p, x: jnp.abs(x @ jnp.fft.fft(p["first"], axis=0)) @ p["last"], two_layers())
+
+
+def casts():
+    """Those that end a derivative, and those that round it."""
+
+    def network(p, x):
+        h = x @ p["first"].astype(bool).astype(float) + x @ p["whole"].astype(jnp.int32).astype(float)
+        h += x @ p["rounded"].astype(jnp.bfloat16).astype(float) + x @ p["eighth"].astype(jnp.float8_e4m3fn).astype(
+            float
+        )
+        return (h + p["bias"]) @ p["last"]
+
+    return vectors(network, two_layers(whole=normal(5, 4, 5), rounded=normal(6, 4, 5), eighth=normal(7, 4, 5)))
+
+
+def straight_through():
+    """Quantised params, with a derivative as if they were not."""
+    ternary = jax.custom_jvp(lambda p: jnp.sign(jnp.round(p)))
+    ternary.defjvp(lambda p, t: (ternary(*p), *t))
+    by_subtraction = lambda p: p + jax.lax.stop_gradient(jnp.round(p) - p)
+    return vectors(lambda p, x: jnp.tanh(x @ ternary(p["first"])) @ by_subtraction(p["last"]), two_layers())
+
+
 def residual_and_norm():
     block = nn.residual(nn.serial(nn.layer_norm(), nn.dense(4), nn.activation(jax.nn.gelu)))
     model = nn.serial(block, nn.dense(3))
@@ -186,6 +283,11 @@ CASES = {
         lenet,
         xla_convolution,
         grouped_convolution,
+        depthwise_convolution,
+        lookups,
+        looked_up_in_a_scan,
+        tied_embedding,
+        shared,
         nested,
         kernel_on_the_left,
         heads,
@@ -196,6 +298,10 @@ CASES = {
         meeting_in_a_scan,
         decayed,
         custom_derivative,
+        phase_retrieval,
+        spectrum_of_a_kernel,
+        casts,
+        straight_through,
         residual_and_norm,
         group_norm,
         dropout,
@@ -221,17 +327,27 @@ def test_the_plan_tells_which_way_each_leaf_went(monkeypatch, x64, check_per_exa
     for case in ("nested", "kernel_on_the_left"):
         assert words(case)["['first']"] == words(case)["['last']"] == "factors of a matrix product, T = 1"
         assert words(case)["['bias']"] == "carried: small; add"
-    assert words("tied")["['first']"] == "carried: small; used 2 times: a matrix product, a matrix product"
+    assert words("tied")["['first']"] == "factors of a matrix product and a matrix product, T = 2"
+    assert words("decayed")["['first']"] == "carried: small; used 2 times: a matrix product, integer_pow"
+    assert set(words("lookups").values()) == {"factors of a lookup, T = 6", "factors of a matrix product, T = 1"}
+    assert words("looked_up_in_a_scan")["['layers']"] == "factors of a lookup in a scan, S = 6, T = 1"
+    assert words("tied_embedding")["['table']"] == "factors of a lookup and a matrix product, T = 7"
+    assert words("shared")["['table']"] == "factors of a lookup and a lookup, T = 2"
+    assert words("shared")["['folded']"].startswith("carried: small; used 2 times")
+    for case, layers in (("grouped_convolution", 64), ("depthwise_convolution", 21)):
+        assert words(case)["['kernel']"] == f"factors of a convolution, S = 2, T = {layers}"
     assert words("scanned")["['layers']"] == "factors of a matrix product in a scan, S = 3, T = 1"
     assert words("scanned_backwards_in_blocks")["['layers']['kernel']"].endswith("in a scan in a scan, S = 6, T = 1")
+    assert words("phase_retrieval")["['first']"] == "factors of a matrix product, T = 2"
+    for leaf in ("first", "whole", "rounded", "eighth"):
+        assert words("casts")[f"['{leaf}']"] == "carried: small; convert_element_type"
     assert words("recurrent")["['hidden']"] == "factors of a matrix product in a scan, T = 4"
     monkeypatch.setattr(sys.modules["jaxnet.per_example._held"], "_SMALL", 0)
     jax.clear_caches()
     assert words("recurrent")["['carried']"] == "vmap(grad): the carry of a scan"
     assert words("custom_derivative")["['first']"].startswith("vmap(grad): custom_vjp")
-    assert words("grouped_convolution")["['kernel']"] == "vmap(grad): conv_general_dilated"
     assert words("decayed")["['first']"].startswith("vmap(grad): used 2 times")
-    for case in ("tied", "recurrent"):
+    for case in ("decayed", "recurrent"):
         check_per_example(*CASES[case]())
     jax.clear_caches()
 
@@ -259,7 +375,7 @@ def test_gradients_that_are_formed_meet_by_chunks(monkeypatch, x64, check_per_ex
     module = sys.modules["jaxnet.per_example._held"]
     monkeypatch.setattr(module, "_SMALL", 0)
     monkeypatch.setattr(module, "at_once", lambda size: 1)
-    loss, params, _ = tied()
+    loss, params, _ = decayed()
     check_per_example(loss, params, (normal(1, 20, 4), jnp.arange(20) % 3))
 
 
