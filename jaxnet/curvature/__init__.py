@@ -2,6 +2,7 @@
 
 from jaxnet.curvature._density import SpectralDensity, spectral_density
 from jaxnet.curvature._eigsh import eigsh
+from jaxnet.curvature._follow import LEADING, Leading, follow
 from jaxnet.curvature._gauss_newton import fisher, gauss_newton
 from jaxnet.curvature._hessian import hessian
 from jaxnet.curvature._online import OnlineSharpness, online_sharpness
@@ -13,9 +14,11 @@ from jaxnet.curvature._stochastic import Estimate, diagonal, trace
 from jaxnet.curvature._track import Track, Tracker, TrackObserver, track
 
 __all__ = [
+    "LEADING",
     "Eigenpairs",
     "Eigensolver",
     "Estimate",
+    "Leading",
     "LinearOperator",
     "OnlineSharpness",
     "Sharpness",
@@ -28,6 +31,7 @@ __all__ = [
     "eigsh",
     "empirical_fisher",
     "fisher",
+    "follow",
     "gauss_newton",
     "gradient_covariance",
     "hessian",

@@ -97,8 +97,9 @@ def follow(
 
     end = dataset.while_loop(lambda state: ~done(state), step, _empty(given, room), data=op)
     end = _restarted(end, count)
-    flat = jax.tree.map(lambda q: jnp.where(end.failed, 0, q[:count]), end.basis)
-    vectors = jax.vmap(space.unravel)(flat)
+    # In a space of one or two dimensions the others are 0.
+    padded = lambda q: jnp.pad(q[:count], ((0, LEADING - count), *[(0, 0)] * (q.ndim - 1)))
+    vectors = jax.vmap(space.unravel)(jax.tree.map(lambda q: jnp.where(end.failed, 0, padded(q)), end.basis))
     value = jnp.where(end.failed, jnp.nan, end.value)
     if not streamed:
         value = values_of(op, value[None], jax.tree.map(lambda x: x[:1], vectors))[0]

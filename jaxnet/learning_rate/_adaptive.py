@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree
-from jaxnet.curvature import Eigensolver, LinearOperator, Space
+from jaxnet.curvature import LEADING, LinearOperator, Space, follow
 from jaxnet.training import ValueFn
 
 # A rate needs λ_max to so much, no more.
@@ -27,7 +27,7 @@ class ScaleBySharpnessState(NamedTuple):
       rate: the factor of the last updates, fraction/λ_max.
       fraction: the one that it was made with.
       sharpness: λ_max at the last check; NaN before the first.
-      vector: its eigenvector, like params, from which the next check starts.
+      leading: the three leading vectors, leaves (3, ...), from which the next check starts; 0 at first.
       num_matvecs: Hessian products spent in all.
       num_checks: checks in all.
       since: updates since the last check, and
@@ -37,7 +37,7 @@ class ScaleBySharpnessState(NamedTuple):
     rate: Array
     fraction: Array
     sharpness: Array
-    vector: ArrayTree
+    leading: ArrayTree
     num_matvecs: Array
     num_checks: Array
     since: Array
@@ -65,7 +65,7 @@ def scale_by_sharpness(
     """Multiply updates by η = fraction/λ_max, sign kept, with λ_max of the loss's Hessian where training is.
 
     λ_max is found at the first update, at every ``every``-th after a check, and at once when the incoming updates are
-    twice as long as at the last check; each time from the last eigenvector, which takes about 3 products. Between
+    twice as long as at the last check; each time from the last leading vectors, which takes about 4 products. Between
     checks η stays. Where nothing curves upwards it stays too, and before any curvature is seen it is
     fraction/|λ_max|, or 0 where that is 0 or not finite.
 
@@ -103,9 +103,9 @@ def scale_by_sharpness(
     def init(params: ArrayTree) -> ScaleBySharpnessState:
         contract.check_params(params)
         zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
-        vector = optax.tree.zeros_like(params)
+        leading = jax.tree.map(lambda x: jnp.zeros((LEADING, *jnp.shape(x)), jnp.result_type(x)), params)
         made_with = jnp.asarray(fraction, zero.dtype)
-        return ScaleBySharpnessState(zero, made_with, jnp.full((), jnp.nan), vector, none, none, none, zero)
+        return ScaleBySharpnessState(zero, made_with, jnp.full((), jnp.nan), leading, none, none, none, zero)
 
     def update(
         updates: ArrayTree, state: ScaleBySharpnessState, params: ArrayTree | None = None, *,
@@ -127,19 +127,17 @@ def scale_by_sharpness(
         own = jnp.asarray(fraction, state.fraction.dtype)
         state = state._replace(rate=state.rate * (own / state.fraction), fraction=own)
         op = LinearOperator(_Product(value_fn), Space.of(params), params)
-        solver = Eigensolver(op.space, warm=True)
         norm = optax.tree.norm(updates).astype(state.norm.dtype)
 
         def check(state: ScaleBySharpnessState) -> ScaleBySharpnessState:
-            start = solver.start(jax.random.fold_in(key, state.num_checks), state.vector)
-            found, _ = solver.search(op, start, _TOLERANCE)
-            value = found.values[0].astype(state.sharpness.dtype)
+            found = follow(op, state.leading, _TOLERANCE, key=jax.random.fold_in(key, state.num_checks))
+            value = found.value.astype(state.sharpness.dtype)
             known = jnp.isfinite(value) & (value != 0)
             wanted = own / jnp.abs(jnp.where(known, value, 1))
             return state._replace(
                 rate=jnp.where(known & ((state.rate == 0) | (value > 0)), wanted, state.rate),
                 sharpness=value,
-                vector=jax.tree.map(lambda x: jnp.where(known, x[0], 0), found.vectors),
+                leading=jax.tree.map(lambda x: jnp.where(known, x, 0), found.vectors),
                 num_matvecs=state.num_matvecs + found.num_matvecs,
                 num_checks=state.num_checks + 1,
                 since=jnp.zeros_like(state.since),
