@@ -139,6 +139,17 @@ def check_params(params: ArrayTree) -> None:
             raise TypeError(f"{name}: expected a floating array, got {dtype}; keep what is not trained out of params")
 
 
+def widened(tree: ArrayTree) -> ArrayTree:
+    """The same numbers, those in half precision or less as float32."""
+
+    def wide(x: Any) -> Any:
+        dtype = jnp.result_type(x)
+        narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+        return jnp.asarray(x, jnp.float32) if narrow else x
+
+    return jax.tree.map(wide, tree)
+
+
 def check_alike(name: str, tree: ArrayTree, like: ArrayTree) -> None:
     """Raise unless ``tree`` has the structure and the shapes of ``like``, which the message calls params.
 

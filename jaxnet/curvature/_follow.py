@@ -36,7 +36,8 @@ class Leading(NamedTuple):
 
     Attributes:
       value: θ.
-      vectors: leaves (3, ...), orthonormal Ritz vectors of the three largest, from which to go on.
+      vectors: leaves (3, ...), orthonormal Ritz vectors of the three largest, from which to go on; in a space of one or
+        two dimensions as many.
       residual_norm: ‖Av − θv‖ of the first.
       num_matvecs: products spent.
       converged: whether the estimate of θ's error is within the tolerance.
@@ -97,9 +98,7 @@ def follow(
 
     end = dataset.while_loop(lambda state: ~done(state), step, _empty(given, room), data=op)
     end = _restarted(end, count)
-    # In a space of one or two dimensions the others are 0.
-    padded = lambda q: jnp.pad(q[:count], ((0, LEADING - count), *[(0, 0)] * (q.ndim - 1)))
-    vectors = jax.vmap(space.unravel)(jax.tree.map(lambda q: jnp.where(end.failed, 0, padded(q)), end.basis))
+    vectors = jax.vmap(space.unravel)(jax.tree.map(lambda q: jnp.where(end.failed, 0, q[:count]), end.basis))
     value = jnp.where(end.failed, jnp.nan, end.value)
     if not streamed:
         value = values_of(op, value[None], jax.tree.map(lambda x: x[:1], vectors))[0]

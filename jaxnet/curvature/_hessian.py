@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
@@ -16,7 +17,9 @@ from jaxnet.curvature._operators import LinearOperator, Space, over_examples
 def hessian(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
     """H = ∂²E/∂ω∂ω′ of the loss E at ``params``, by forward over reverse differentiation.
 
-    One product costs about two gradients, and no matrix is formed.
+    One product costs about two gradients, and no matrix is formed. Of a function with a rule for reverse
+    differentiation only (a `jax.custom_vjp` whose rule calls itself) the product is taken by reverse over reverse,
+    which is as exact, and takes more memory.
 
     Args:
       loss: ``loss(params, batch) -> scalar``.
@@ -39,7 +42,6 @@ class _HessianProduct:
 
     def __call__(self, batch: ArrayTree, params: ArrayTree, v: ArrayTree) -> ArrayTree:
         contract.check(self.loss, params, batch)
-        tangent = jax.tree.map(lambda p, t: jnp.asarray(t, jnp.result_type(p)), params, v)
         # At params that are not finite there is no curvature, also where the product does not read them; nor where the
         # loss is not, whatever its derivatives say.
         finite = jnp.stack([jnp.isfinite(p).all() for p in Space.of(params).ravel(params)]).all()
@@ -50,4 +52,20 @@ class _HessianProduct:
             return value * jnp.where(holds, 1, jnp.nan).astype(value.dtype)
 
         gradient = jax.grad(known)
-        return jax.jvp(gradient, (params,), (tangent,))[1]
+        forward = lambda params, v: jax.jvp(gradient, (params,), (v,))[1]
+        closed, like = jax.make_jaxpr(forward, return_shape=True)(params, v)
+        if "custom_lin[" in str(closed.jaxpr) and not _compiles(closed):
+            return jax.vjp(gradient, params)[1](v)[0]
+        return jax.tree.unflatten(jax.tree.structure(like), jaxpr_as_fun(closed)(*jax.tree.leaves((params, v))))
+
+
+def _compiles(closed: ClosedJaxpr) -> bool:
+    """Whether a product by forward differentiation meets no function that has a reverse rule only; what is not used of
+    one does not matter, so that it is not enough to look."""
+    try:
+        jax.jit(jaxpr_as_fun(closed)).lower(*closed.in_avals)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -282,7 +283,16 @@ class OverExamples:
     def __call__(self, operands: Any, v: ArrayTree) -> ArrayTree:
         """Of the operands ``(params, data)``."""
         params, data = operands
-        return dataset.mean(self.of_batch, data, params, v)
+        v = jax.tree.map(lambda p, t: jnp.asarray(t, jnp.result_type(p)), params, v)
+        return dataset.mean(_Widened(self.of_batch), data, params, v)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Widened:
+    of_batch: Callable[[Any, Any, Any], Any]
+
+    def __call__(self, batch: Any, params: ArrayTree, v: ArrayTree) -> ArrayTree:
+        return self.of_batch(contract.widened(batch), params, v)
 
 
 def over_examples(
@@ -290,22 +300,29 @@ def over_examples(
 ) -> LinearOperator:
     """The operator of such a matrix of a loss, for one batch or a data set in batches.
 
+    Params and a batch in half precision are taken as the same numbers in float32: a product in half precision is too
+    rough for an eigenvalue, and nothing could be certified by it.
+
     Raises:
       TypeError, ValueError: the arguments do not fit the contract.
     """
-    space = Space.of(params)
-    batch = dataset.of(batch)
+    params = contract.widened(params)
+    space, batch = Space.of(params), dataset.of(batch)
     if not dataset.on_host(batch):
         contract.num_examples(batch)
+        batch = contract.widened(batch)
     losses.check_parts(loss, params, batch)
     return LinearOperator(OverExamples(of_batch), space, (jax.tree.map(jnp.asarray, params), batch))
 
 
-def check_deterministic(op: LinearOperator) -> None:
+def check_deterministic(op: LinearOperator) -> bool:
     """Raise if the product is not the same function twice: then it has no eigenvalues.
 
     A function of params and batch has no randomness of its own, unless a key or a generator from outside moves while it
     is traced: so it is traced twice. Streamed batches are gone through twice.
+
+    Returns:
+      Whether a number on the way is in half precision, as far as a trace tells.
 
     Raises:
       ValueError: the two differ.
@@ -317,7 +334,7 @@ def check_deterministic(op: LinearOperator) -> None:
         # A loader may shuffle, which changes a sum by rounding only.
         if not all(jnp.allclose(a, b, rtol=1e-3, atol=1e-3 * jnp.abs(a).max(), equal_nan=True) for a, b in passes):
             raise ValueError(f"loss: two passes over the batches differ; {remedy}, and let the batches stay the same")
-        return
+        return False
     try:
         one, two = (jax.make_jaxpr(lambda *a: op.product(*a))(op.operands, op.space.zeros()) for _ in range(2))
     except jax.errors.UnexpectedTracerError as error:
@@ -325,6 +342,7 @@ def check_deterministic(op: LinearOperator) -> None:
     same = str(one.jaxpr) == str(two.jaxpr) and len(one.consts) == len(two.consts)
     if not (same and all(map(_same_constant, one.consts, two.consts))):
         raise ValueError(f"loss: two evaluations at the same params and batch differ; {remedy}")
+    return re.search(r"\b(bf16|f16|f8\w*|f4\w*)\[", str(one.jaxpr)) is not None
 
 
 def _same_constant(a: Any, b: Any) -> bool:

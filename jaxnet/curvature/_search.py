@@ -75,6 +75,7 @@ class Search(NamedTuple):
       settled: whether the search has found what it wants.
       told: whether the tolerance is above what rounding leaves of the values.
       failed: whether a product was not finite.
+      rough: whether products go through half precision, so that no bound on the eigenvalues holds.
     """
 
     lanczos: _lanczos.Lanczos
@@ -87,6 +88,7 @@ class Search(NamedTuple):
     settled: Array
     told: Array
     failed: Array
+    rough: bool
 
     @property
     def polynomials(self) -> _bound.Polynomials:
@@ -180,7 +182,7 @@ class Eigensolver:
         Raises:
           ValueError: the operator is not the same matrix twice, because its loss is random.
         """
-        check_deterministic(op)
+        rough = check_deterministic(op)
         flat = self.space.ravel(start)
         if isinstance(op.product, OverExamples):
             # At params that are not finite there is nothing to find: the start says so. Besides, XLA then holds a
@@ -193,7 +195,7 @@ class Eigensolver:
         room_left = lambda state: ~self.done(state) & ~self.full(state)
         fill = lambda state: self.restart(dataset.while_loop(room_left, step, state, data=op))
         end = dataset.while_loop(going_on, fill, self._begin(flat), data=op)
-        pairs = self.result(end)
+        pairs, end = self.result(end), end._replace(rough=rough)
         if streamed:
             return pairs, end
         return dataclasses.replace(pairs, values=values_of(op, pairs.values, pairs.vectors)), end
@@ -210,7 +212,7 @@ class Eigensolver:
         room = jnp.zeros(min(self.limit, _ROOM), dtype)
         failed = ~jnp.isfinite(_lanczos.norm(start))
         no = jnp.array(False)
-        return Search(state, nothing, room, zero, jnp.zeros((), dtype), zero, zero, no, no, failed)
+        return Search(state, nothing, room, zero, jnp.zeros((), dtype), zero, zero, no, no, failed, False)
 
     def done(self, search: Search) -> Array:
         """Whether it has found what it wants, has failed, or has spent its products."""
@@ -267,16 +269,11 @@ class Eigensolver:
     def leading(self, search: Search, count: int) -> ArrayTree:
         """The Ritz vectors that ``which`` asks for first, leaves (count, ...), of a state that has been restarted.
 
-        Those that a search of few steps, or one of a small space, does not hold are 0.
+        Fewer where a restart keeps fewer; those that a search of few steps does not hold are 0.
         """
-        rows = min(count, self.kept)
-        held = search.found.filled[rank(self.which, search.found)[:rows]]
-
-        def leaf(q: Array) -> Array:
-            kept = jnp.where(held.reshape(-1, *[1] * (q.ndim - 1)), q[:rows], 0)
-            return jnp.concatenate([kept, jnp.zeros((count - rows, *q.shape[1:]), q.dtype)])
-
-        return jax.vmap(self.space.unravel)(jax.tree.map(leaf, search.lanczos.basis))
+        held = search.found.filled[rank(self.which, search.found)[: min(count, self.kept)]]
+        masked = lambda q: jnp.where(held.reshape(-1, *[1] * (q.ndim - 1)), q[: held.size], 0)
+        return jax.vmap(self.space.unravel)(jax.tree.map(masked, search.lanczos.basis))
 
     @functools.partial(jax.jit, static_argnums=0)
     def result(self, search: Search) -> Eigenpairs:

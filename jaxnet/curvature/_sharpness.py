@@ -28,26 +28,30 @@ class Sharpness:
 
     Attributes:
       value: θ <= λ_max, so that 2/θ is the optimistic rate. `jax.grad` of it works where λ_max is simple.
-      vector: a unit eigenvector, like params.
       residual_norm: ‖Hv − θv‖.
       upper_bound: at least λ_max with probability 1 − failure_probability, so that 2/upper_bound is safe; NaN
-        after a warm start, for which the bound does not hold.
+        after a warm start, for which the bound does not hold, and where the loss goes through half precision. Params
+        and a batch in half precision are taken as the same numbers in float32, and λ_max is of that matrix.
       num_matvecs: Hessian products spent.
       converged: whether θ was found to be within the tolerance.
-      leading: the vector and the two Ritz vectors next to it, leaves (3, ...), from which a check nearby starts: one
-        alone would hide what has overtaken it.
+      leading: a unit eigenvector and the two Ritz vectors next to it, leaves (3, ...), from which a check nearby
+        starts: one alone would hide what has overtaken it. The eigenvector alone where ``ncv`` was given.
       sampling_error: the standard error of vᵀHv over the examples, √(Var vᵀH_n v/N): how far, to first order, λ_max of
         the distribution that the batch was drawn from may be; NaN unless asked for.
     """
 
     value: Array
-    vector: ArrayTree
     residual_norm: Array
     upper_bound: Array
     num_matvecs: Array
     converged: Array
     leading: ArrayTree
     sampling_error: Array
+
+    @property
+    def vector(self) -> ArrayTree:
+        """A unit eigenvector, like params."""
+        return jax.tree.map(lambda x: x[0], self.leading)
 
 
 @contract.takes_loss
@@ -119,10 +123,16 @@ def _measure(
 ) -> Sharpness:
     if v0 is None:
         pairs, end = solver.search(op, solver.start(key), tol)
+        num_leading = LEADING if solver.ncv is None else 1
         found = Leading(
-            pairs.values[0], solver.leading(end, LEADING), pairs.residual_norms[0], pairs.num_matvecs, pairs.converged
+            pairs.values[0],
+            solver.leading(end, num_leading),
+            pairs.residual_norms[0],
+            pairs.num_matvecs,
+            pairs.converged,
         )
         bound = _bound.upper_bound(end.polynomials, lax.stop_gradient(found.value), target)
+        bound = jnp.where(end.rough, jnp.nan, bound)
     else:
         found = follow(op, v0, tol, key=key, max_matvecs=solver.max_matvecs)
         bound = jnp.full_like(found.value, jnp.nan)
@@ -130,7 +140,6 @@ def _measure(
     vector = jax.tree.map(lambda x: x[0], found.vectors)
     return Sharpness(
         value=found.value,
-        vector=vector,
         residual_norm=found.residual_norm,
         upper_bound=bound,
         num_matvecs=found.num_matvecs,

@@ -103,7 +103,8 @@ def scale_by_sharpness(
     def init(params: ArrayTree) -> ScaleBySharpnessState:
         contract.check_params(params)
         zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
-        leading = jax.tree.map(lambda x: jnp.zeros((LEADING, *jnp.shape(x)), jnp.result_type(x)), params)
+        rows = min(LEADING, Space.of(params).size)
+        leading = jax.tree.map(lambda x: jnp.zeros((rows, *jnp.shape(x)), jnp.result_type(x)), params)
         made_with = jnp.asarray(fraction, zero.dtype)
         return ScaleBySharpnessState(zero, made_with, jnp.full((), jnp.nan), leading, none, none, none, zero)
 

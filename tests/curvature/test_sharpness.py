@@ -145,3 +145,49 @@ def test_bad_arguments():
         curvature.sharpness(diagonal_loss, jnp.ones(3), jnp.ones((1, 3)), key=KEY, subsample=1, v0=jnp.ones(3))
     with pytest.raises(ValueError, match=r"loss: expected a real scalar, .* got shape \(3,\)"):
         curvature.sharpness(lambda p, b: p**2 * b.mean(), jnp.ones(3), jnp.ones((1, 3)), key=KEY)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_params_in_half_precision_are_certified_as_the_same_numbers_in_float32(dtype):
+    model = nn.mlp([16, 3])
+    batch = (jax.random.normal(KEY, (60, 5)), jnp.arange(60) % 3)
+    loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
+    params = jax.tree.map(lambda x: x.astype(dtype), model.init(KEY, (5,)))
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    top = np.linalg.eigvalsh(np.asarray(curvature.materialize(curvature.hessian(loss, rounded, batch)), np.float64))[-1]
+    for inputs in (batch[0], batch[0].astype(dtype)):
+        exact = inputs.astype(jnp.float32)
+        dense = curvature.materialize(curvature.hessian(loss, rounded, (exact, batch[1])))
+        top = np.linalg.eigvalsh(np.asarray(dense, np.float64))[-1]
+        for seed in range(5):
+            found = curvature.sharpness(loss, params, (inputs, batch[1]), key=jax.random.key(seed))
+            assert found.converged
+            assert found.upper_bound >= top * (1 - 1e-6)
+            np.testing.assert_allclose(found.value, top, rtol=1e-3)
+    # Of a loss that rounds by itself nothing is certified.
+    half = lambda p, b: loss(jax.tree.map(lambda x: x.astype(dtype), p), (b[0].astype(dtype), b[1])).astype(jnp.float32)
+    found = curvature.sharpness(half, rounded, batch, key=KEY)
+    assert jnp.isnan(found.upper_bound)
+
+
+@jax.custom_vjp
+def power(x, n):
+    """x^n, by a rule that calls the function itself: no forward differentiation."""
+    return x**n
+
+
+power.defvjp(lambda x, n: (power(x, n), (x, n)), lambda kept, g: (g * kept[1] * power(kept[0], kept[1] - 1), None))
+
+
+def test_a_function_with_a_reverse_rule_only(x64):
+    x = jnp.array([[1.0, 2.0], [-1.0, 0.5], [0.3, -2.0]])
+    own = lambda params, batch: jnp.mean(power(batch @ params, 4.0))
+    plain = lambda params, batch: jnp.mean((batch @ params) ** 4)
+    params = jnp.array([0.4, -0.7])
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(jax.grad(own), (params, x), (params, x))
+    found = curvature.sharpness(own, params, x, key=KEY, tol=1e-8)
+    np.testing.assert_allclose(found.value, np.linalg.eigvalsh(jax.hessian(plain)(params, x))[-1], rtol=1e-7)
+    for loss in (own, losses.chunked(own, 2)):
+        product = curvature.hessian(loss, params, x) @ jnp.ones(2)
+        np.testing.assert_allclose(product, jax.hessian(plain)(params, x) @ jnp.ones(2), rtol=1e-10)
