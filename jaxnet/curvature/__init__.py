@@ -6,7 +6,7 @@ from jaxnet.curvature._follow import LEADING, Leading, follow
 from jaxnet.curvature._gauss_newton import fisher, gauss_newton
 from jaxnet.curvature._hessian import hessian
 from jaxnet.curvature._online import OnlineSharpness, online_sharpness
-from jaxnet.curvature._operators import LinearOperator, Space, materialize, precondition, restrict, shift
+from jaxnet.curvature._operators import LinearOperator, Space, flattened, materialize, precondition, restrict, shift
 from jaxnet.curvature._search import Eigenpairs, Eigensolver
 from jaxnet.curvature._second_moment import empirical_fisher, gradient_covariance
 from jaxnet.curvature._sharpness import Sharpness, sharpness
@@ -31,6 +31,7 @@ __all__ = [
     "eigsh",
     "empirical_fisher",
     "fisher",
+    "flattened",
     "follow",
     "gauss_newton",
     "gradient_covariance",

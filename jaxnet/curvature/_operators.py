@@ -195,6 +195,15 @@ def _shifted(operands: Any, v: ArrayTree) -> ArrayTree:
     return jax.tree.map(lambda a, x: a + by.astype(x.dtype) * x, op @ v, v)
 
 
+def flattened(op: LinearOperator) -> LinearOperator:
+    """The same matrix over vectors as `Space.ravel` lays them out, which compile once and not once a leaf."""
+    return LinearOperator(_flattened, Space.of(op.space.ravel(op.space.zeros())), op)
+
+
+def _flattened(op: LinearOperator, v: tuple[Array, ...]) -> tuple[Array, ...]:
+    return op.space.ravel(op @ op.space.unravel(v))
+
+
 def restrict(op: LinearOperator, mask: ArrayTree) -> LinearOperator:
     """The diagonal block of A that belongs to some leaves of params: one layer, or weights without biases.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
-from jaxnet.curvature import eigsh, hessian
+from jaxnet.curvature import Space, eigsh, flattened, hessian
 from jaxnet.data import reshuffled
 from jaxnet.learning_rate._forms import parts_known
 from jaxnet.learning_rate._point import Point, limits, look, noise_share, with_errors
@@ -183,6 +183,7 @@ def _by_second_moments(task: _Task, here: list[Point], largest: np.ndarray) -> I
     precise = all(jnp.finfo(x.dtype).bits >= 32 for x in jax.tree.leaves(task.params))
     if not (parts_known(task.loss) and precise and weights and spanning) or dataset.on_host(task.data):
         return
+    space = Space.of(task.params)
     rows = jax.random.choice(task.look_key, task.n, (min(task.n, FOLLOWED),), replace=False)
     examples = jax.tree.map(lambda x: jnp.asarray(x)[rows], task.data)
     for size, point, top in zip(task.batch_sizes, here, largest, strict=True):
@@ -191,7 +192,7 @@ def _by_second_moments(task: _Task, here: list[Point], largest: np.ndarray) -> I
             yield float(2 / top), float(2 / top)
             continue
         found = ends(
-            task.loss, task.params, examples, point.root, weights, float(task.n), share, float(top), task.look_key,
+            task.loss, task.params, examples, space.unravel(point.root), weights, float(task.n), share, float(top), task.look_key,
             spanning=spanning,
         )  # fmt: skip
         later, earlier, followed = map(float, found)
@@ -272,7 +273,7 @@ def _largest(task: _Task, points: list[Point], tol: float) -> np.ndarray:
         # Without second moments R does not depend on the batch size.
         same = before is not None and all(map(np.array_equal, *map(jax.tree.leaves, (before, point.response))))
         if not same:
-            op = alternating(hessian(task.loss, task.params, task.data), root, decay)
+            op = alternating(flattened(hessian(task.loss, task.params, task.data)), root, decay)
             pairs = eigsh(op, tol=tol, key=task.look_key, v0=vector)
             value, vector = float(pairs.values[0]), jax.tree.map(lambda x: x[0], pairs.vectors)
         values.append(value)

@@ -10,7 +10,7 @@ import optax
 
 from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
-from jaxnet.curvature import Eigensolver
+from jaxnet.curvature import LEADING, Space, flattened, follow
 from jaxnet.learning_rate._forms import curvature, forms, parts_known
 from jaxnet.learning_rate._response import alternating
 from jaxnet.learning_rate._settled import held_in, settled
@@ -38,7 +38,8 @@ class Point(NamedTuple):
       sharpest: p Var(v′R^½C_nR^½v)/λ along the sharpest direction v: the least that noise adds to λ.
       worst: p max tr(R^½C_nR^½) over the examples used: more than noise adds. NaN where C_n are Hessians, for which no
         such bound holds.
-      vector: v, from which the next search starts.
+      leading: v and the two next to it, from which the next search starts; these and the next two are flat, as
+        `Space.ravel` lays out what is like params.
       response: √R for a gradient that alternates, and D.
       root: √R for one that stays.
       trace: tr(R^½CR^½) by that, an estimate.
@@ -53,9 +54,9 @@ class Point(NamedTuple):
     scatter: Any
     sharpest: Any
     worst: Any
-    vector: ArrayTree
+    leading: Any
     response: Any
-    root: ArrayTree
+    root: Any
     trace: Any
     num_gradients: Any
 
@@ -78,12 +79,14 @@ def look(
     signs: bool,
 ) -> list[Point]:
     """What a step meets for each batch size; the search for λ starts from where the last one ended."""
-    vector, points = optax.tree.zeros_like(params), []
+    space = Space.of(params)
+    flat, rows, points = space.ravel(params), min(LEADING, space.size), []
+    leading = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), flat)
     for size in batch_sizes:
         share = jnp.asarray(noise_share(size, n))
-        point = _look(loss, make_optimizer, params, data, n, share, key, vector, opt_state, signs=signs)
-        vector = point.vector
-        points.append(jax.tree.map(np.asarray, point._replace(vector=None)))
+        point = _look(loss, make_optimizer, params, data, n, share, key, leading, opt_state, signs=signs)
+        leading = point.leading
+        points.append(jax.tree.map(np.asarray, point._replace(leading=None)))
     return points
 
 
@@ -96,7 +99,7 @@ def _look(
     n: Array | int,
     share: Array,
     key: Array,
-    vector: ArrayTree,
+    leading: Any,
     opt_state: Any,
     *,
     signs: bool,
@@ -116,24 +119,30 @@ def _look(
         steady, switching, decay = respond(make_optimizer, params, squares, means)
     else:
         steady, switching, decay = held_in(make_optimizer, params, opt_state)
-    op, root = curvature(loss, params, data), jax.tree.map(jnp.sqrt, switching)
-    search_key, noise_key, *probe_keys = jax.random.split(key, 4)
-    solver = Eigensolver(op.space, warm=True)
-    pairs, _ = solver.search(alternating(op, root, decay), solver.start(search_key, vector), _TOLERANCE)
-    largest, vector = pairs.values[0], jax.tree.map(lambda x: x[0], pairs.vectors)
+    # From here on vectors are flat: a program's compilation grows with what is done leaf by leaf.
+    op = curvature(loss, params, data)
+    space, times = op.space, functools.partial(jax.tree.map, jnp.multiply)
+    steady, switching, decay, slopes, variance = map(space.ravel, (steady, switching, decay, mean, variance))
+    root, half = (jax.tree.map(jnp.sqrt, x) for x in (switching, steady))
+    search_key, noise_key, probe_key = jax.random.split(key, 3)
+    top = follow(alternating(flattened(op), root, decay), leading, _TOLERANCE, key=search_key)
+    largest, vector = top.value, jax.tree.map(lambda x: x[0], top.vectors)
 
-    times = functools.partial(jax.tree.map, jnp.multiply)
-    step = times(steady, mean)
+    step = times(steady, slopes)
     draws = jax.random.rademacher(noise_key, (_NOISES, used), dtype=jnp.result_type(float))
-    noises = [times(steady, grads.weighted_sum((s - s.mean()) / jnp.sqrt(used - 1.0))) for s in draws]
-    half = jax.tree.map(jnp.sqrt, steady)
-    probes, others = ([times(half, z) for z in _random_signs(k, params)] for k in probe_keys)
-    lefts, rights = [step, *noises, times(root, vector), *probes, *probes], [step, *noises, times(root, vector)]
-    stack = lambda trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
-    rows = forms(loss, params, data, stack(lefts), stack([*rights, *probes, *others]), size=_AT_ONCE)
-    along, noise, top, traces, crossed = jnp.split(rows, np.cumsum([1, len(noises), 1, _PROBES]), axis=1)
+    weighted_sum = lambda s: space.ravel(grads.weighted_sum((s - s.mean()) / jnp.sqrt(used - 1.0)))
+    noises = jax.vmap(functools.partial(times, steady))(dataset.map(weighted_sum, draws, data=data))
+    signs = optax.tree.random_like(
+        probe_key, jax.tree.map(lambda x: jnp.zeros((2, _PROBES, *x.shape), x.dtype), half), jax.random.rademacher
+    )
+    probes, others = (jax.tree.map(lambda h, s, i=i: h * s[i], half, signs) for i in range(2))
+    rows = lambda *parts: jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+    one = lambda x: jax.tree.map(lambda x: x[None], x)
+    first = rows(one(step), noises, one(times(root, vector)))
+    found = forms(loss, params, data, rows(first, probes, probes), rows(first, probes, others), size=_AT_ONCE)
+    along, noise, tops, traces, crossed = jnp.split(found, np.cumsum([1, _NOISES, 1, _PROBES]), axis=1)
 
-    slope, slope_error = optax.tree.vdot(mean, step), 2 * _error(grads.vdot(step))
+    slope, slope_error = optax.tree.vdot(slopes, step), 2 * _error(grads.vdot(space.unravel(step)))
     noisy = noise.mean(axis=0)
     weighted = optax.tree.vdot(steady, variance)
     # A gradient that these examples hardly resolve is not taken for less than a quarter of what they show.
@@ -146,25 +155,21 @@ def _look(
     # Per unit of what alternates, noise meets what a steady gradient would: 1/(1 − β) against 1/(1 + β) for a momentum.
     ratios = jax.tree.map(lambda r, a: jnp.where(a > 0, r / jnp.where(a > 0, a, 1), 0), steady, switching)
     ratio = optax.tree.vdot(vector, times(ratios, vector))
-    one = largest - optax.tree.vdot(vector, times(decay, vector))
+    alone = largest - optax.tree.vdot(vector, times(decay, vector))
     return Point(
         slope=(slope, slope_error),
         along=(jnp.maximum(bent - excess * jnp.abs(noisy.mean()), bent / 4), _error(along[:, 0])),
         noise=(share * jnp.abs(noisy.mean()), share * _error(noisy)),
-        largest=(largest, _error(top[:, 0]) * jnp.sqrt(jnp.maximum(0, 1 - used / n))),
+        largest=(largest, _error(tops[:, 0]) * jnp.sqrt(jnp.maximum(0, 1 - used / n))),
         scatter=(share * scatter, share * scatter_error),
-        sharpest=share * ratio * top.var(ddof=1) / one,
+        sharpest=share * ratio * tops.var(ddof=1) / alone,
         worst=share * jnp.maximum(traces.mean(axis=1).max(), scatter) if bounded else jnp.where(share > 0, jnp.nan, 0),
-        vector=vector,
+        leading=top.vectors,
         response=(root, decay),
         root=half,
         trace=size,
-        num_gradients=3 * pairs.num_matvecs + 1.5 * rows.shape[1] + 3 + 2 * len(noises),
+        num_gradients=3 * top.num_matvecs + 1.5 * found.shape[1] + 3 + 2 * _NOISES,
     )
-
-
-def _random_signs(key: Array, params: ArrayTree) -> list[ArrayTree]:
-    return [optax.tree.random_like(k, params, jax.random.rademacher) for k in jax.random.split(key, _PROBES)]
 
 
 def _error(values: Array) -> Array:
