@@ -344,7 +344,7 @@ def analyse(
         )
     curvature = noisy_curvature(loss, params, batch, key=probe_key, num_probes=num_probes)
     derived = derive(
-        loss, params, batch, make_optimizer, sizes, opt_state=opt_state, key=derived_key, tol=tol,
+        loss, params, batch, make_optimizer, sizes, opt_state=opt_state, key=derived_key, tol=tol, top=value,
         second_moments=second_moments,
     )  # fmt: skip
     return Analysis(sharp, noise, curvature, derived, n, name_of(make_optimizer))

@@ -117,6 +117,7 @@ def derive(
     opt_state: Any,
     key: Array,
     tol: float,
+    top: float,
     second_moments: bool,
 ) -> DerivedRates:
     """The rates of an optimizer at each batch size.
@@ -130,6 +131,7 @@ def derive(
       opt_state: its state where training is under way, or None.
       key: for the examples used, the random directions and the probe run's order.
       tol: relative accuracy of ``largest``.
+      top: λ_max of the Hessian here, on all examples.
       second_moments: narrow the bracket by them, where the loss is of `mean_loss` and the examples are in memory.
 
     Raises:
@@ -147,20 +149,20 @@ def derive(
     sample, used = _sample(data, n, sample_key)
     task = _Task(loss, params, data, n, make_optimizer, batch_sizes, signs, sample, used, look_key)
     here = task.points(params, opt_state)
-    standing = _standing(task, here, tol, second_moments)
+    standing = _standing(task, here, tol, top, second_moments)
     going = _after_a_run(task, here, probe_key) if opt_state is None else _under_way(task, here, standing["limit"])
     arrays = {name: jnp.asarray(values) for name, values in (standing | going).items()}
     return DerivedRates(**arrays, batch_sizes=batch_sizes, probe_batch_size=batch_sizes[task.middle], signs=signs)
 
 
-def _standing(task: _Task, here: list[Point], tol: float, second_moments: bool) -> dict[str, np.ndarray]:
+def _standing(task: _Task, here: list[Point], tol: float, top: float, second_moments: bool) -> dict[str, np.ndarray]:
     """The limit here, what it is made of, and two rates around it."""
     sharpest, worst = (np.array([getattr(point, name) for point in here]) for name in ("sharpest", "worst"))
     scatter, scatter_error = with_errors(here, "scatter")
     # An estimate above what the sharpest direction alone bears would be a permit that does not hold.
     scatter = np.maximum(scatter, sharpest)
     # However short a sign's steps are, they do not shrink with the gradient: about a minimum no rate is stable.
-    largest = np.full_like(scatter, np.nan) if task.signs else _largest(task, here, tol)
+    largest = np.full_like(scatter, np.nan) if task.signs else _largest(task, here, tol, top)
     low, high = 2 / (largest + worst), 2 / (largest + sharpest)
     if second_moments and not task.signs:
         for i, (later, earlier) in enumerate(_by_second_moments(task, here, largest)):
@@ -192,8 +194,8 @@ def _by_second_moments(task: _Task, here: list[Point], largest: np.ndarray) -> I
             yield float(2 / top), float(2 / top)
             continue
         found = ends(
-            task.loss, task.params, examples, space.unravel(point.root), weights, float(task.n), share, float(top), task.look_key,
-            spanning=spanning,
+            task.loss, task.params, examples, space.unravel(point.root), weights, float(task.n), share, float(top),
+            task.look_key, spanning=spanning,
         )  # fmt: skip
         later, earlier, followed = map(float, found)
         margin = _MARGIN * max(1, float(point.trace) / followed) ** _POWER
@@ -264,15 +266,19 @@ def _descend(task: _Task, rate: float, *, key: Array, budget: float) -> tuple[An
     return None, losses, _TRIES, spent
 
 
-def _largest(task: _Task, points: list[Point], tol: float) -> np.ndarray:
-    """λ_max(R^½HR^½ + D) for each batch size, each search from the last one's vector."""
+def _largest(task: _Task, points: list[Point], tol: float, top: float) -> np.ndarray:
+    """λ_max(R^½HR^½ + D) for each batch size, each search from the last one's vector; H's own largest is at hand."""
     values: list[float] = []
     before, vector = None, None
     for point in points:
         root, decay = point.response
         # Without second moments R does not depend on the batch size.
         same = before is not None and all(map(np.array_equal, *map(jax.tree.leaves, (before, point.response))))
-        if not same:
+        if all(np.ptp(x) == 0 for part in point.response for x in part):
+            # One number for all of the params: what is known of H answers.
+            (root, *_), (decay, *_) = point.response
+            value = float(root[0]) ** 2 * top + float(decay[0])
+        elif not same:
             op = alternating(flattened(hessian(task.loss, task.params, task.data)), root, decay)
             pairs = eigsh(op, tol=tol, key=task.look_key, v0=vector)
             value, vector = float(pairs.values[0]), jax.tree.map(lambda x: x[0], pairs.vectors)
@@ -294,13 +300,18 @@ def _probe(task: _Task, rate: float, *, key: Array, size: int, steps: int) -> tu
     """Where so many steps at a rate lead, and the loss on the sample before and after."""
     params, make = task.params, task.make_optimizer
     eta = jnp.asarray(rate, jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32))
-    value = lambda p: float(dataset.mean(_Value(task.loss), task.sample, p))
+    value = lambda p: float(_mean_loss(task.loss, task.sample, p))
     if dataset.on_host(task.data):
         step = functools.partial(_streamed_step, task.loss, make, eta)
         after = trajectory(step, _begin(make, eta, params), task.data)[0].params
     else:
         after = _run(task.loss, make, params, task.data, eta, key, size=size, steps=steps)
     return after, np.array([value(params), value(after)])
+
+
+@functools.partial(dataset.jit, static_argnames="loss")
+def _mean_loss(loss: Loss, data: Any, params: ArrayTree) -> Array:
+    return jnp.asarray(dataset.mean(_Value(loss), data, params))
 
 
 @dataclasses.dataclass(frozen=True)

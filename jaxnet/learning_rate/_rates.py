@@ -10,7 +10,7 @@ import optax
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature import hessian
+from jaxnet.curvature import Space, flattened, hessian
 from jaxnet.per_example import gradients
 
 
@@ -157,20 +157,22 @@ def _noisy_curvature(loss: Loss, params: ArrayTree, data: Any, key: Array, num_p
     n = grads.num_examples
     if n < 2:
         raise ValueError("batch: the gradient's noise needs 2 examples or more, got 1")
-    op, mean = hessian(loss, params, data), grads.mean()
+    op = flattened(hessian(loss, params, data))
+    ravel = Space.of(contract.widened(params)).ravel
 
-    def probe(key: Array) -> Array:
-        signs = jax.random.rademacher(key, (n,), dtype=jnp.result_type(float))
-        # Σ z_n (g_n − ḡ) is one weighted sum: the mean's share moves into the weights.
-        u = grads.weighted_sum((signs - signs.mean()) / jnp.sqrt(n - 1.0))
-        return optax.tree.vdot(u, op @ u)
+    def sizes(weights: Array) -> tuple[Array, Array]:
+        u = ravel(grads.weighted_sum(weights))
+        return optax.tree.norm(u, squared=True), optax.tree.vdot(u, op @ u)
 
-    values = dataset.map(probe, jax.random.split(key, num_probes), data=data)
+    # Σ z_n (g_n − ḡ) is one weighted sum: the mean's share moves into the weights. The first one is ḡ itself.
+    signs = jax.random.rademacher(key, (num_probes, n), dtype=jnp.result_type(float))
+    probes = (signs - signs.mean(axis=1, keepdims=True)) / jnp.sqrt(n - 1.0)
+    squares, values = dataset.map(sizes, jnp.concatenate([jnp.full((1, n), 1 / n), probes]), data=data)
     return NoisyCurvature(
-        gradient_squared=optax.tree.norm(mean, squared=True),
-        along_gradient=optax.tree.vdot(mean, op @ mean),
-        along_noise=values.mean(),
-        standard_error=values.std(ddof=1) / num_probes**0.5,
+        gradient_squared=squares[0],
+        along_gradient=values[0],
+        along_noise=values[1:].mean(),
+        standard_error=values[1:].std(ddof=1) / num_probes**0.5,
     )
 
 

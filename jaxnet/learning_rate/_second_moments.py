@@ -40,16 +40,15 @@ def num_spanning(params: ArrayTree, num_examples: int) -> int:
     return found if found >= min(_FEWEST, num_examples) else 0
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "spanning"))
 def ends(
     loss: Loss,
     params: ArrayTree,
     sample: ArrayTree,
     root: ArrayTree,
     recursion: Recursion,
-    n: Array,
-    share: Array,
-    largest: Array,
+    n: Array | float,
+    share: Array | float,
+    largest: Array | float,
     key: Array,
     *,
     spanning: int,
@@ -73,22 +72,43 @@ def ends(
       key: for the random start of the search for directions.
       spanning: see `num_spanning`.
     """
-    first = jax.tree.map(lambda x: x[:spanning], sample)
-    factors = functools.partial(_factors, loss, params, root=ravel_pytree(root)[0], key=key)
-    rows = factors(first)
+    whole = jax.tree.leaves(sample)[0].shape[0] // spanning
+    chunks = [jax.tree.map(lambda x, i=i: x[i * spanning : (i + 1) * spanning], sample) for i in range(whole)]
+    flat_root = ravel_pytree(root)[0]
+    rows = factors(loss, params, chunks[0], flat_root, key)
+    few, basis, followed = _spanned(rows)
+    # A chunk at a time, so that a network is compiled for one shape, and all rows are never held.
+    many = [few, *(_in_basis(factors(loss, params, chunk, flat_root, key), basis) for chunk in chunks[1:])]
+    found = [_limits_of(of, recursion, n, share, largest) for of in (few, jnp.concatenate(many))]
+    return jnp.stack(found).min(), jnp.stack(found).max(), followed
+
+
+@jax.jit
+def _spanned(rows: Array) -> tuple[Array, Array, Array]:
+    """Some examples' rows in an orthonormal basis of them, the basis, and their matrices' mean trace."""
     flat = rows.reshape(-1, rows.shape[-1])
     values, vectors = jnp.linalg.eigh(flat @ flat.T)
     basis = (vectors * _inverse_root(values)).T @ flat
-    found = []
-    for of in (rows @ basis.T, factors(sample, basis=basis)):
-        size = of.shape[0]
-        # The mean of few examples has some of the noise's part already.
-        kept = jnp.maximum((share - (1 / size - 1 / n)) / (1 - (1 / size - 1 / n)), 0)
-        noisy, still = _inverse_limits(of, recursion, kept)
-        # What the mean has beyond these examples and directions counts in full, or in the share 1 − p in which the mean
-        # of a batch is that of all.
-        found += [2 / (noisy + part * (largest - still)) for part in (1.0, 1 - share)]
-    return jnp.stack(found).min(), jnp.stack(found).max(), jnp.square(rows).sum() / spanning
+    return rows @ basis.T, basis, jnp.square(rows).sum() / rows.shape[0]
+
+
+@jax.jit
+def _in_basis(rows: Array, basis: Array) -> Array:
+    return rows @ basis.T
+
+
+@jax.jit
+def _limits_of(
+    factors: Array, recursion: Recursion, n: Array | float, share: Array | float, largest: Array | float
+) -> Array:
+    """Two rates around the limit by the factors of some examples."""
+    size = factors.shape[0]
+    # The mean of few examples has some of the noise's part already.
+    kept = jnp.maximum((share - (1 / size - 1 / n)) / (1 - (1 / size - 1 / n)), 0)
+    noisy, still = _inverse_limits(factors, recursion, kept)
+    # What the mean has beyond these examples and directions counts in full, or in the share 1 − p in which the mean of
+    # a batch is that of all.
+    return jnp.stack([2 / (noisy + part * (largest - still)) for part in (1.0, 1 - share)])
 
 
 def _inverse_root(values: Array) -> Array:
@@ -97,10 +117,9 @@ def _inverse_root(values: Array) -> Array:
     return jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1)), 0)
 
 
-def _factors(
-    loss: Loss, params: ArrayTree, data: ArrayTree, *, root: Array, key: Array, basis: Array | None = None
-) -> Array:
-    """Y_n (N, k, P) with Y_n′Y_n next to R^½C_nR^½ and not above it; in a basis of r rows (N, k, r).
+@functools.partial(jax.jit, static_argnames="loss")
+def factors(loss: Loss, params: ArrayTree, data: ArrayTree, root: Array, key: Array) -> Array:
+    """Y_n (N, k, P) with Y_n′Y_n next to R^½C_nR^½ and not above it.
 
     By Nyström's formula from k random directions, once multiplied by the matrix.
 
@@ -109,7 +128,7 @@ def _factors(
     """
     parts = losses.parts_of(loss)[0]
     unravel = ravel_pytree(params)[1]
-    start = jax.random.normal(key, (_RANK, root.size), root.dtype)
+    start = jax.random.normal(key, (min(_RANK, root.size), root.size), root.dtype)
 
     def of_example(example: ArrayTree) -> Array:
         one = jax.tree.map(lambda x: x[None], example)
@@ -120,11 +139,15 @@ def _factors(
             along = jax.jvp(lambda p: parts.outputs(p, one), (params,), (unravel(root * v),))[1]
             return root * ravel_pytree(pull(jax.jvp(slope, (outputs,), (along,))[1])[0])[0]
 
-        directions = jnp.linalg.qr(lax.map(product, start).T)[0].T
-        products = lax.map(product, directions)
+        # Twice the same, of which the first time only gives the directions: so it is compiled once.
+        def multiply(directions: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
+            products = lax.map(product, directions)
+            return jnp.linalg.qr(products.T)[0].T, (directions, products)
+
+        _, seen = lax.scan(multiply, start, length=2)
+        directions, products = (x[1] for x in seen)
         values, vectors = jnp.linalg.eigh(directions @ products.T)
-        rows = (vectors * _inverse_root(values)).T @ products
-        return rows if basis is None else rows @ basis.T
+        return (vectors * _inverse_root(values)).T @ products
 
     return lax.map(of_example, data, batch_size=8)
 
