@@ -1,6 +1,7 @@
 """Curvature without the network's own second derivatives: never indefinite where the criterion is convex."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -101,12 +102,17 @@ def fisher(loss: Loss, params: ArrayTree, batch: Any, *, key: Array) -> LinearOp
         raise TypeError(f"loss: expected a criterion that is a known negative log-likelihood, {names}")
     contract.check_params(params)
     data = dataset.of(batch)
-    outputs, targets = dataset.rows(_OutputsAndTargets(parts), data, params, size=size)
+    outputs, targets = _outputs(_OutputsAndTargets(parts), data, params, size)
     drawn = _DRAW[parts.criterion](key, outputs, targets)
     found = empirical_fisher(_AtDrawnTargets(loss), params, dataset.with_rows(data, drawn))
     # A mean over T positions is 1/T of a negative log-likelihood, and its gradients' squares 1/T² of that one's.
     positions = math.prod(outputs.shape[1:-1]) if parts.criterion is losses.softmax_cross_entropy else 1
     return found if positions == 1 else positions * found
+
+
+@functools.partial(dataset.jit, static_argnames=("of_batch", "size"))
+def _outputs(of_batch: Any, data: Any, params: ArrayTree, size: int | None) -> tuple[Array, Array]:
+    return dataset.rows(of_batch, data, params, size=size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -315,6 +315,7 @@ def over_examples(
     Raises:
       TypeError, ValueError: the arguments do not fit the contract.
     """
+    contract.check_params(params)
     params = contract.widened(params)
     space, batch = Space.of(params), dataset.of(batch)
     if not dataset.on_host(batch):

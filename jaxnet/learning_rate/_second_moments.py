@@ -70,15 +70,20 @@ def ends(
       share: p, above 0.
       largest: 2 over the limit without noise, of all examples.
       key: for the random start of the search for directions.
-      spanning: see `num_spanning`.
+      spanning: how many examples span the directions; see `num_spanning`.
     """
-    whole = jax.tree.leaves(sample)[0].shape[0] // spanning
-    chunks = [jax.tree.map(lambda x, i=i: x[i * spanning : (i + 1) * spanning], sample) for i in range(whole)]
-    flat_root = ravel_pytree(root)[0]
-    rows = factors(loss, params, chunks[0], flat_root, key)
-    few, basis, followed = _spanned(rows)
-    # A chunk at a time, so that a network is compiled for one shape, and all rows are never held.
-    many = [few, *(_in_basis(factors(loss, params, chunk, flat_root, key), basis) for chunk in chunks[1:])]
+    num, flat_root = jax.tree.leaves(sample)[0].shape[0], ravel_pytree(root)[0]
+
+    def rows_from(start: int) -> Array:
+        chunk = jax.tree.map(lambda x: x[start : start + spanning], sample)
+        return factors(loss, params, chunk, flat_root, key)
+
+    few, basis, followed = _spanned(rows_from(0))
+    # A chunk at a time, so that all rows are never held, and all of one size, so that the network is compiled once: the
+    # last one overlaps.
+    many = [few, *(_in_basis(rows_from(start), basis) for start in range(spanning, num - spanning + 1, spanning))]
+    if rest := num % spanning:
+        many.append(_in_basis(rows_from(num - spanning), basis)[spanning - rest :])
     found = [_limits_of(of, recursion, n, share, largest) for of in (few, jnp.concatenate(many))]
     return jnp.stack(found).min(), jnp.stack(found).max(), followed
 

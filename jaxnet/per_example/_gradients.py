@@ -1,7 +1,6 @@
 """The N gradients of the N examples' own losses, without keeping N copies of the params."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -264,9 +263,9 @@ _hold = jax.jit(hold, static_argnames="loss")
 
 
 def _shapes(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Factors:
-    """The factors of one example, in shape."""
+    """The factors of one example, in shape; a second call with new values traces nothing."""
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
-    return jax.eval_shape(functools.partial(hold, loss), params, one)
+    return _hold.eval_shape(loss, params, one)
 
 
 def _chunk_size(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int | None:

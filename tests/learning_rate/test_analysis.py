@@ -113,7 +113,8 @@ def test_the_limit_of_a_quadratic_lies_in_its_bracket(momentum, x64):
         assert low <= limit * (1 + 1e-6)
         assert limit <= high * (1 + 0.02)
         assert high / low < 1.5
-        assert 0.3 < limit / float(found.limit(size)) < 1.2
+        # An estimate by five random directions, which the bracket holds.
+        assert 0.3 < limit / float(found.limit(size)) < 1.5
     np.testing.assert_allclose(exact[-1], float(found.limit(100)), rtol=1e-3)
 
 
@@ -262,3 +263,34 @@ def test_at_a_minimum_no_rate_follows_and_a_limit_does():
     np.testing.assert_allclose(found.limit(6), 2, rtol=1e-5)
     with pytest.raises(UserError, match="no rate follows"):
         found.schedule(6, 10)
+
+
+def test_a_second_call_with_new_values_traces_and_compiles_nothing():
+    traces, programs = [], []
+    model = nn.mlp([4, 3])
+
+    def apply(params, x):
+        traces.append(None)
+        return model.apply(params, x)
+
+    def listen(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(None)
+
+    loss = losses.mean_loss(apply, losses.softmax_cross_entropy)
+    batch = (jax.random.normal(KEY, (40, 5)), jnp.arange(40) % 3)
+    calls = {
+        "analyse": lambda params: learning_rate.analyse(loss, params, batch, key=KEY),
+        "norms": lambda params: per_example.gradients(loss, params, batch).norms(),
+        "track": lambda params: curvature.track(loss, batch, key=KEY).init(params),
+    }
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for call in calls.values():
+            call(model.init(KEY, (5,)))
+            before = len(traces), len(programs)
+            call(model.init(jax.random.key(1), (5,)))
+            assert (len(traces), len(programs)) == before
+            assert min(before) > 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
