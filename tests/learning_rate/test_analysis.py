@@ -112,9 +112,9 @@ def test_the_limit_of_a_quadratic_lies_in_its_bracket(momentum, x64):
         low, high = (float(end) for end in found.bracket(size))
         assert low <= limit * (1 + 1e-6)
         assert limit <= high * (1 + 0.02)
-        assert high / low < 1.5
-        # An estimate by five random directions, which the bracket holds.
-        assert 0.3 < limit / float(found.limit(size)) < 1.5
+        # The limit, and with it the bracket's margin, is estimated by five random directions.
+        assert high / low < 1.6
+        assert 0.3 < limit / float(found.limit(size)) < 1.6
     np.testing.assert_allclose(exact[-1], float(found.limit(100)), rtol=1e-3)
 
 
