@@ -219,8 +219,10 @@ def rows(found):
     )
     add("share of runs that reach the tuned target", reached.mean(), 1, True)
     add("share of the tuned rate's own runs that reach it, the same seeds", np.isfinite(lucky).mean(), 1, True)
-    losses = [run["least"] / other["least"] for run, other in zip(derived, tuned, strict=True)]
+    # On another seed than the sweep's the tuned rate itself may fail: then there is nothing to compare to.
+    losses = [run["least"] / other["least"] for run, other in zip(derived, tuned, strict=True) if not other["diverged"]]
     add("least held-out loss / the tuned rate's of the same seed, geometric mean", geometric_mean(losses), 1.05)
+    add("runs at the tuned rate that diverge", sum(run["diverged"] for run in tuned), 0)
     add("runs at the derived rate that diverge", sum(run["diverged"] for run in derived), 0)
     add("gradients of all examples spent on a rate, at most", max(run["num_gradients"] for run in derived), 30)
     for method, shares in profile(runs, np.array([1.5])).items():
