@@ -5,11 +5,13 @@ from jaxnet.curvature._eigsh import eigsh
 from jaxnet.curvature._follow import LEADING, Leading, follow
 from jaxnet.curvature._gauss_newton import fisher, gauss_newton
 from jaxnet.curvature._hessian import hessian
+from jaxnet.curvature._layers import layer_sharpness
 from jaxnet.curvature._online import OnlineSharpness, online_sharpness
 from jaxnet.curvature._operators import LinearOperator, Space, flattened, materialize, precondition, restrict, shift
 from jaxnet.curvature._search import Eigenpairs, Eigensolver
 from jaxnet.curvature._second_moment import empirical_fisher, gradient_covariance
 from jaxnet.curvature._sharpness import Sharpness, sharpness
+from jaxnet.curvature._solve import Solution, solve
 from jaxnet.curvature._stochastic import Estimate, diagonal, trace
 from jaxnet.curvature._track import Track, Tracker, TrackObserver, track
 
@@ -22,6 +24,7 @@ __all__ = [
     "LinearOperator",
     "OnlineSharpness",
     "Sharpness",
+    "Solution",
     "Space",
     "SpectralDensity",
     "Track",
@@ -36,12 +39,14 @@ __all__ = [
     "gauss_newton",
     "gradient_covariance",
     "hessian",
+    "layer_sharpness",
     "materialize",
     "online_sharpness",
     "precondition",
     "restrict",
     "sharpness",
     "shift",
+    "solve",
     "spectral_density",
     "trace",
     "track",

@@ -1,6 +1,7 @@
 """An algebra of matrices that are known by their products, over pytrees."""
 
 import dataclasses
+import fnmatch
 import numbers
 import re
 from collections.abc import Callable
@@ -204,12 +205,20 @@ def _flattened(op: LinearOperator, v: tuple[Array, ...]) -> tuple[Array, ...]:
     return op.space.ravel(op @ op.space.unravel(v))
 
 
-def restrict(op: LinearOperator, mask: ArrayTree) -> LinearOperator:
+def leaf_names(structure: Any) -> list[str]:
+    """The leaves' names as a person writes them, ``0/kernel``."""
+    tree = jax.tree.unflatten(structure, range(structure.num_leaves))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+
+
+def restrict(op: LinearOperator, mask: ArrayTree | str) -> LinearOperator:
     """The diagonal block of A that belongs to some leaves of params: one layer, or weights without biases.
 
     Args:
       op: the operator A.
-      mask: a pytree of bools like params, or a prefix of it (one bool for a whole layer): True keeps.
+      mask: a pytree of bools like params, or a prefix of it (one bool for a whole layer): True keeps. Or a pattern of
+        the leaves' names, such as ``"0/*"`` or ``"*/kernel"``, in which a star stands for any characters.
 
     Returns:
       An operator over params in which the leaves left out are None.
@@ -218,6 +227,12 @@ def restrict(op: LinearOperator, mask: ArrayTree) -> LinearOperator:
       TypeError: an entry of the mask is no bool.
       ValueError: the mask does not fit params, or keeps nothing.
     """
+    if isinstance(mask, str):
+        names = leaf_names(op.space.structure)
+        matching = [fnmatch.fnmatchcase(name, mask) for name in names]
+        if not any(matching):
+            raise ValueError(f"mask: no leaf's name is like {mask!r}; they are {', '.join(names)}")
+        mask = jax.tree.unflatten(op.space.structure, matching)
     for entry in jax.tree.leaves(mask):
         if not isinstance(entry, (bool, np.bool_)):
             raise TypeError(f"mask: expected bools, got {type(entry).__name__}")

@@ -1,8 +1,8 @@
 """The spectrum of a task's Hessian: its density, its top eigenvalues, and the sharpness of each layer."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def stages(config: SpectrumConfig, on_stage: OnStage = lambda stage, share: None
     found = _with_top(config, task, op, where, keys[2])
     yield found
     on_stage("layers", 0.4)
-    found = _with_layers(found, op, keys[3])
+    found = _with_layers(found, task, params, keys[3])
     yield found
     on_stage("density", 0.6)
     yield _with_density(config, found, op, keys[4])
@@ -122,11 +122,14 @@ def _spent(words: str, pairs: Eigenpairs) -> tuple[str, int, str]:
     return f"products, {words}", int(pairs.num_matvecs), "converged" if pairs.converged else "NOT converged"
 
 
-def _with_layers(found: Record, op: LinearOperator, key: Array) -> Record:
+def _with_layers(found: Record, task: Task, params: ArrayTree, key: Array) -> Record:
     whole = float(found.measurements["eigenvalues"][0])
-    values: dict[str, float] = {}
-    for name, mask in _parts(op.space.zeros()).items():
-        values[name] = float(curvature.eigsh(curvature.restrict(op, mask), key=key).values[0])
+    of = functools.partial(curvature.layer_sharpness, task.loss, params, task.sample, key=key)
+    named = {f"layer {name}" if name.isdigit() else name: pairs for name, pairs in of().items()}
+    kernels = jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
+    if any(jax.tree.leaves(kernels)) and not all(jax.tree.leaves(kernels)):
+        named |= of(groups={"weights without biases": kernels})
+    values = {name: float(pairs.values[0]) for name, pairs in named.items()}
     # Where the outputs saturate there may be no curvature left.
     share = lambda value: f"{value / whole:.0%} of the whole" if whole > 0 else ""
     rows = [(f"λ_max, {name}", value, share(value)) for name, value in values.items()]
@@ -149,18 +152,6 @@ def _with_layers(found: Record, op: LinearOperator, key: Array) -> Record:
         measurements={**found.measurements, "parts": values},
         panels=[*found.panels, panel],
     )
-
-
-def _parts(params: ArrayTree) -> dict[str, Any]:
-    """A mask for each entry of params that holds arrays; of several layers, another for all weights without biases."""
-    children, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is not params)
-    only = lambda chosen: jax.tree.unflatten(structure, [i == chosen for i in range(len(children))])
-    filled = [i for i, (_, child) in enumerate(children) if jax.tree.leaves(child)]
-    masks = {f"params{jax.tree_util.keystr(children[i][0])}": only(i) for i in filled}
-    kernels = jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
-    if any(jax.tree.leaves(kernels)) and not all(jax.tree.leaves(kernels)):
-        masks["weights without biases"] = kernels
-    return masks
 
 
 def _with_density(config: SpectrumConfig, found: Record, op: LinearOperator, key: Array) -> Record:
