@@ -108,10 +108,15 @@ def measure(call, network, batch):
     return found
 
 
-def run(only=None, networks=None):
+@functools.cache
+def listen():
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: COUNTS.update(programs=COUNTS["programs"] + (event == BACKEND_COMPILE))
     )
+
+
+def run(only=None, networks=None):
+    listen()
     rows = []
     for name, make in NETWORKS.items():
         if networks and name not in networks:

@@ -284,7 +284,7 @@ def _reading(config: TaskConfig, targets: np.ndarray, words: tuple[str, ...] | N
         raise UserError(f"targets: each of the {len(found)} examples has a class of its own; name another target")
     label = lambda y: np.searchsorted(found, y)
     remark = f"classes {shown}"
-    if config.criterion == "auto" and not words:
+    if config.criterion == "auto" and not words and config.data not in DATA:
         remark += "; with --criterion squared_error they are plain numbers"
     if criterion == "softmax_cross_entropy":
         return _Reading(criterion, lambda y: jnp.asarray(label(y), jnp.int32), len(found), True, remark)

@@ -292,7 +292,7 @@ def test_params_of_a_class_that_compares_by_identity(x64):
 
 def test_a_mask_is_a_pytree_of_bools(mlp_problem):
     op = curvature.hessian(*mlp_problem)
-    for mask in (lambda *_: False, 1, "kernel", jax.tree.map(lambda x: 1.0, mlp_problem[1])):
+    for mask in (lambda *_: False, 1, b"kernel", jax.tree.map(lambda x: 1.0, mlp_problem[1])):
         with pytest.raises(TypeError, match="mask: expected bools"):
             curvature.restrict(op, mask)
 
