@@ -141,7 +141,7 @@ class Problem:
         return self._row(what, {"jaxnet": mine, peer: theirs}, bound)
 
     def warm_checks(self):
-        return Row(f"{self.name}: products a warm check", statistics.median(_checks(self)), 3, False, {})
+        return Row(f"{self.name}: products a warm check", statistics.median(_checks(self)), 6, False, {})
 
     def two_levels(self, starts=20):
         """Products with all of the data from a sub-sample's eigenvector, against those from a random start."""
