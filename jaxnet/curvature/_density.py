@@ -10,7 +10,7 @@ from jax.scipy.special import erf
 
 from jaxnet.contract import Array
 from jaxnet.curvature import _lanczos
-from jaxnet.curvature._operators import LinearOperator, check_one_batch
+from jaxnet.curvature._operators import LinearOperator, check_one_batch, flattened
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +85,7 @@ def spectral_density(op: LinearOperator, *, key: Array, num_probes: int = 8, num
 @functools.partial(jax.jit, static_argnames="steps")
 def _quadrature(op: LinearOperator, keys: Array, steps: int) -> tuple[Array, Array]:
     def probe(key: Array) -> tuple[Array, Array]:
-        flat = lambda v: op.space.ravel(op @ op.space.unravel(v))
+        flat = flattened(op)
         state = _lanczos.init(op.space.ravel(op.space.random(key)), steps)
         state = lax.fori_loop(0, steps, lambda _, state: _lanczos.step(flat, state), state)
         # After a breakdown T has no entry between its blocks: the later nodes have weight 0 by themselves.

@@ -21,8 +21,8 @@ from jax import lax
 from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import _lanczos
-from jaxnet.curvature._operators import LinearOperator, check_deterministic
-from jaxnet.curvature._search import values_of
+from jaxnet.curvature._operators import LinearOperator, check_deterministic, flattened
+from jaxnet.curvature._search import ROUNDING, values_of
 
 # Vectors that are followed; vectors kept at most; the share of a random one in the last of the starts.
 LEADING, _ROOM, _BLEND = 3, 8, 0.03
@@ -40,7 +40,7 @@ class Leading(NamedTuple):
         two dimensions as many.
       residual_norm: ‖Av − θv‖ of the first.
       num_matvecs: products spent.
-      converged: whether the estimate of θ's error is within the tolerance.
+      converged: whether the estimate of θ's error is within the tolerance, and that is above what rounding leaves.
     """
 
     value: Array
@@ -62,6 +62,7 @@ class _State(NamedTuple):
     residual_norm: Array
     num_matvecs: Array
     settled: Array
+    told: Array
     failed: Array
 
 
@@ -88,13 +89,14 @@ def follow(
     streamed = dataset.on_host(op)
     # As in a search, the loop is not differentiated.
     fixed, given = (x if streamed else lax.stop_gradient(x) for x in (op, _starts(op, starts, count, key)))
+    product = flattened(fixed)
 
     def done(state: _State) -> Array:
         return state.settled | state.failed | (state.num_matvecs >= limit)
 
     def step(state: _State) -> _State:
         state = _prepared(state, given, count)
-        return _absorbed(state, space.ravel(fixed @ space.unravel(state.following)), tol, count)
+        return _absorbed(state, product @ state.following, tol, count)
 
     end = dataset.while_loop(lambda state: ~done(state), step, _empty(given, room), data=op)
     end = _restarted(end, count)
@@ -107,7 +109,7 @@ def follow(
         vectors=vectors,
         residual_norm=jnp.where(end.failed, jnp.nan, end.residual_norm),
         num_matvecs=end.num_matvecs,
-        converged=end.settled & jnp.isfinite(value),
+        converged=end.settled & end.told & jnp.isfinite(value),
     )
 
 
@@ -134,8 +136,7 @@ def _starts(op: LinearOperator, starts: ArrayTree, count: int, key: Array) -> An
 
 
 def _unit(v: Any) -> Any:
-    length = _lanczos.norm(v)
-    return jax.tree.map(lambda x: x / jnp.where(length > 0, length, 1).astype(x.dtype), v)
+    return _lanczos.scaled(v, _lanczos.norm(v))
 
 
 def _empty(given: Any, room: int) -> _State:
@@ -143,7 +144,7 @@ def _empty(given: Any, room: int) -> _State:
     none, dtype = jnp.zeros((), jnp.int32), jnp.promote_types(jnp.result_type(*jax.tree.leaves(given)), jnp.float32)
     zero, no = jnp.zeros((), dtype), jnp.array(False)
     first = jax.tree.map(lambda x: x[0], given)
-    return _State(rows(), rows(), jnp.zeros((room, room), dtype), none, first, zero, zero, none, no, no)
+    return _State(rows(), rows(), jnp.zeros((room, room), dtype), none, first, zero, zero, none, no, no, no)
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -171,14 +172,15 @@ def _absorbed(state: _State, image: Any, tol: Array | float, count: int) -> _Sta
     basis, images = put(state.basis, state.following), put(state.images, image)
     column = _lanczos.coefficients(basis, image)
     projected = state.projected.at[:, j].set(column).at[j, :].set(column)
-    values, coefficients = _ritz(projected, j + 1)
+    values, coefficients = _lanczos.eigenpairs(projected, j + 1)
     top = coefficients[:, -1]
     along = lambda rows: _lanczos.combine(rows, top)
     residual = jax.tree.map(lambda w, q: w - values[-1].astype(w.dtype) * q, along(images), along(basis))
     length, num = _lanczos.norm(residual), state.num_matvecs + 1
     gap = values[-1] - values[max(room - 2, 0)]
     estimate = jnp.where(gap > 0, jnp.minimum(length, length * (length / jnp.where(gap > 0, gap, 1))), length)
-    allowed = jnp.maximum(tol * jnp.abs(values[-1]), 4 * jnp.finfo(values.dtype).eps * jnp.abs(values).max())
+    rounding = ROUNDING * jnp.finfo(values.dtype).eps * jnp.abs(values).max()
+    allowed = jnp.maximum(tol * jnp.abs(values[-1]), rounding)
     small = (estimate <= allowed) & (length <= jnp.maximum(allowed, jnp.minimum(_TIMES * allowed, _SHARE * values[-1])))
     dimension = sum(x.size for x in jax.tree.leaves(state.following))
     return state._replace(
@@ -191,23 +193,15 @@ def _absorbed(state: _State, image: Any, tol: Array | float, count: int) -> _Sta
         residual_norm=length,
         num_matvecs=num,
         settled=small & (num > count) | (j + 1 >= dimension),
+        told=(tol * jnp.abs(values[-1]) >= rounding) | (j + 1 >= dimension),
         failed=~jnp.isfinite(length),
     )
-
-
-def _ritz(projected: Array, size: Array) -> tuple[Array, Array]:
-    """The eigenpairs of T's leading block, ascending; fillers below them all."""
-    filled = jnp.arange(projected.shape[0]) < size
-    block = jnp.where(filled[:, None] & filled[None, :], projected, 0)
-    bound = jnp.abs(block).sum(axis=1).max()
-    filler = -2 * jnp.where(bound > 0, bound, 1)
-    return jnp.linalg.eigh(block + jnp.diag(jnp.where(filled, 0, filler)))
 
 
 @functools.partial(jax.jit, static_argnames="count")
 def _restarted(state: _State, count: int) -> _State:
     """Keep the leading Ritz vectors and their products."""
-    values, coefficients = _ritz(state.projected, state.size)
+    values, coefficients = _lanczos.eigenpairs(state.projected, state.size)
     room = state.projected.shape[0]
     leading = jnp.flip(coefficients, axis=1)
     kept = jnp.arange(room) < jnp.minimum(count, state.size)

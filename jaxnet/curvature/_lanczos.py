@@ -71,6 +71,8 @@ def _dtype(v: ArrayTree) -> jnp.dtype:
 
 
 def coefficients(basis: ArrayTree, v: ArrayTree) -> Array:
+    """Qᵀv (rows,)."""
+
     def leaf(q: Array, x: Array) -> Array:
         return jnp.matmul(q.reshape(q.shape[0], -1), x.reshape(-1), precision=lax.Precision.HIGHEST)
 
@@ -100,7 +102,8 @@ def _generic_like(v: ArrayTree, seed: Array | int) -> ArrayTree:
     return jax.tree.unflatten(structure, hashed)
 
 
-def _scaled(v: ArrayTree, length: Array) -> ArrayTree:
+def scaled(v: ArrayTree, length: Array) -> ArrayTree:
+    """v over its length, which may be 0."""
     return jax.tree.map(lambda x: x / jnp.where(length > 0, length, 1).astype(x.dtype), v)
 
 
@@ -113,7 +116,7 @@ def init(start: ArrayTree, num_steps: int) -> Lanczos:
     basis = jax.tree.map(lambda x: jnp.zeros((num_steps + 1, *x.shape), x.dtype), start)
     zero = jnp.zeros((), _dtype(start))
     return Lanczos(
-        basis=_set_row(basis, 0, _scaled(start, norm(start))),
+        basis=_set_row(basis, 0, scaled(start, norm(start))),
         projected=jnp.zeros((num_steps, num_steps), zero.dtype),
         beta=zero,
         size=jnp.zeros((), jnp.int32),
@@ -162,7 +165,7 @@ def extend(state: Lanczos, product: ArrayTree) -> Lanczos:
     end = lax.while_loop(more, sweep, _Pass(product, column, zero, zero, jnp.zeros((), jnp.int32)))
     column = end.column[:-1]
     return Lanczos(
-        basis=_set_row(state.basis, j + 1, _scaled(end.w, end.length)),
+        basis=_set_row(state.basis, j + 1, scaled(end.w, end.length)),
         projected=state.projected.at[:, j].set(column).at[j, :].set(column),
         beta=jnp.where(broken(end), 0, end.beta),
         size=j + 1,
@@ -175,18 +178,22 @@ def step(matvec: Callable[[ArrayTree], ArrayTree], state: Lanczos) -> Lanczos:
     return extend(state, matvec(current(state)))
 
 
+def eigenpairs(projected: Array, size: Array) -> tuple[Array, Array]:
+    """The eigenvalues and vectors of T's leading block, ascending and last; fillers below them all."""
+    filled = jnp.arange(projected.shape[0]) < size
+    block = jnp.where(filled[:, None] & filled[None, :], projected, 0)
+    # At the eigenvalues' scale, so that they cost no accuracy.
+    bound = jnp.abs(block).sum(axis=1).max()
+    filler = -2 * jnp.where(bound > 0, bound, 1)
+    return jnp.linalg.eigh(block + jnp.diag(jnp.where(filled, 0, filler)))
+
+
 def ritz(state: Lanczos) -> Ritz:
     """The eigenpairs of T with their residuals."""
     m, j = state.projected.shape[0], state.size
-    filled = jnp.arange(m) < j
-    block = jnp.where(filled[:, None] & filled[None, :], state.projected, 0)
-    # Fillers lie below all eigenvalues, but at their scale, so that they cost no accuracy.
-    bound = jnp.abs(block).sum(axis=1).max()
-    filler = -2 * jnp.where(bound > 0, bound, 1)
-    values, vectors = jnp.linalg.eigh(block + jnp.diag(jnp.where(filled, 0, filler)))
-    filled = jnp.arange(m) >= m - j
+    values, vectors = eigenpairs(state.projected, j)
     last = vectors[jnp.maximum(j - 1, 0)]
-    return Ritz(values, vectors, state.beta * jnp.abs(last), filled)
+    return Ritz(values, vectors, state.beta * jnp.abs(last), jnp.arange(m) >= m - j)
 
 
 def restart(state: Lanczos, found: Ritz, kept: Array) -> Lanczos:

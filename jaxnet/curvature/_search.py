@@ -31,7 +31,7 @@ _ALONE = 0.3
 # Of a warm start no chance is known; the estimate alone decides.
 _WARM_IN_A_ROW = 2
 # What rounding leaves of an eigenvalue, in eps‖A‖, and the steps from which on it adds up.
-_ROUNDING, _MANY = 4, 1000
+ROUNDING, _MANY = 4, 1000
 # How many discarded Ritz values the bound remembers.
 _ROOM = 512
 # Products after which a search ends at the latest.
@@ -249,7 +249,7 @@ class Eigensolver:
         settled = exhausted | (agreed >= (_WARM_IN_A_ROW if self.warm else _IN_A_ROW))
         if self.certified:
             settled = settled | (small & near)
-        summed = _ROUNDING * jnp.sqrt(1 + search.num_matvecs / _MANY)
+        summed = ROUNDING * jnp.sqrt(1 + search.num_matvecs / _MANY)
         told = (tol * jnp.abs(found.values[wanted]) >= summed * jnp.finfo(found.values.dtype).eps * state.scale).all()
         return search._replace(agreed=agreed, settled=settled, told=told | exhausted)
 
@@ -335,7 +335,7 @@ def _accurate(found: _lanczos.Ritz, wanted: Array, scale: Array, tol: Array | fl
     estimate = jnp.where(jnp.isinf(gap), residuals, jnp.minimum(residuals, residuals * (residuals / gap)))
     # Twins at rounding distance leave gap = 0 and an estimate of NaN or inf: the residual decides.
     estimate = jnp.where(jnp.isfinite(estimate), estimate, residuals)
-    allowed = jnp.maximum(tol * jnp.abs(values), _ROUNDING * jnp.finfo(values.dtype).eps * scale)
+    allowed = jnp.maximum(tol * jnp.abs(values), ROUNDING * jnp.finfo(values.dtype).eps * scale)
     here = found.filled[wanted].all()
     return here & (estimate <= allowed).all(), here & (residuals <= _ALONE * allowed).all()
 
@@ -355,7 +355,7 @@ def _seen(solver: Eigensolver, search: Search, tol: Array | float) -> tuple[Arra
     for sign, end, gap in ends:
         # Of the largest magnitude, what lies within that magnitude does not matter.
         end = sign * norm if solver.which == "LM" else end
-        tolerated = jnp.maximum(tol * jnp.abs(end), _ROUNDING * jnp.finfo(norm.dtype).eps * norm)
+        tolerated = jnp.maximum(tol * jnp.abs(end), ROUNDING * jnp.finfo(norm.dtype).eps * norm)
         wider = jnp.maximum(tolerated, jnp.minimum(_OF_GAP * gap, _OF_NORM * norm))
         near &= _bound.log_sum(search.polynomials, end + sign * tolerated) > target
         far &= _bound.log_sum(search.polynomials, end + sign * wider) > target

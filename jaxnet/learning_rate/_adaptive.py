@@ -12,7 +12,7 @@ from jax import lax
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import LEADING, LinearOperator, Space, follow
-from jaxnet.training import ValueFn
+from jaxnet.training import ValueFn, is_masked
 
 # A rate needs λ_max to so much, no more.
 _TOLERANCE = 0.05
@@ -118,8 +118,7 @@ def scale_by_sharpness(
                 "value_fn: expected the loss as a function of params, whose curvature decides, and params: "
                 "optimizer.update(grads, state, params, value_fn=lambda params: loss(params, batch))"
             )
-        masked = lambda node: isinstance(node, optax.MaskedNode)
-        if any(map(masked, jax.tree.leaves(params, is_leaf=masked))) and not isinstance(value_fn, ValueFn):
+        if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))) and not isinstance(value_fn, ValueFn):
             raise ValueError(
                 "value_fn: some params are masked, and the loss needs them all: pass "
                 "value_fn=jaxnet.training.ValueFn(value_fn, params), which fills them in"

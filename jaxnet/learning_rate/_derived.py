@@ -274,10 +274,10 @@ def _largest(task: _Task, points: list[Point], tol: float, top: float) -> np.nda
         root, decay = point.response
         # Without second moments R does not depend on the batch size.
         same = before is not None and all(map(np.array_equal, *map(jax.tree.leaves, (before, point.response))))
-        if all(np.ptp(x) == 0 for part in point.response for x in part):
+        numbers = [np.concatenate([np.ravel(x) for x in part]) for part in point.response]
+        if all(np.ptp(x) == 0 for x in numbers):
             # One number for all of the params: what is known of H answers.
-            (root, *_), (decay, *_) = point.response
-            value = float(root[0]) ** 2 * top + float(decay[0])
+            value = float(numbers[0][0]) ** 2 * top + float(numbers[1][0])
         elif not same:
             op = alternating(flattened(hessian(task.loss, task.params, task.data)), root, decay)
             pairs = eigsh(op, tol=tol, key=task.look_key, v0=vector)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnet import dataset
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
 from jaxnet.curvature import LEADING, Space, flattened, follow
 from jaxnet.learning_rate._forms import curvature, forms, parts_known
@@ -79,8 +79,10 @@ def look(
     signs: bool,
 ) -> list[Point]:
     """What a step meets for each batch size; the search for λ starts from where the last one ended."""
-    space = Space.of(params)
-    flat, rows, points = space.ravel(params), min(LEADING, space.size), []
+    # As the operator has them, half precision widened, so that the second look compiles nothing.
+    wide = contract.widened(params)
+    space = Space.of(wide)
+    flat, rows, points = space.ravel(wide), min(LEADING, space.size), []
     leading = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), flat)
     for size in batch_sizes:
         share = jnp.asarray(noise_share(size, n))

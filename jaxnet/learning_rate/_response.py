@@ -12,6 +12,7 @@ import optax
 
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import LinearOperator
+from jaxnet.training import is_masked
 
 Update = Callable[[Any, Any, Any], tuple[Any, Any]]
 Linear = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -127,11 +128,6 @@ def driven(linear: Linear, z: int, gradient: int, weights: int) -> ArrayTree:
     _, fed = linear(gradient, 0, weights)
     _, kept = linear(0, 1, 0)
     return linear(gradient, jax.tree.map(lambda c, e: c / (z - e), fed, kept), weights)[0]
-
-
-def is_masked(node: Any) -> bool:
-    """Whether a state holds nothing here."""
-    return isinstance(node, optax.MaskedNode)
 
 
 def where_held(f: Callable[..., Array], held: Any, tree: ArrayTree) -> ArrayTree:

@@ -20,11 +20,11 @@ from jaxnet.learning_rate._response import (
     elements,
     filled,
     frozen,
-    is_masked,
     linearise,
     merged,
     nonlinearity,
 )
+from jaxnet.training import is_masked
 
 # Steps after which an average has settled, and before which a schedule is looked for at its height; a gradient that no
 # clip cuts.

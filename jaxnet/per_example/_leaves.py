@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree
-from jaxnet.per_example._rules import View
+from jaxnet.per_example._rules import View, leaf_of
 
 
 def at_once(size: int) -> int:
@@ -132,8 +132,7 @@ class Factored:
         return n, t, d, p
 
     def _leaf(self, kernel: Array) -> Array:
-        """K as the leaf: what rearranges is its own transpose's inverse."""
-        return jax.linear_transpose(self.matrix, self.like)(kernel.astype(self.like.dtype))[0]
+        return leaf_of(self.matrix, self.like, kernel)
 
     @property
     def formed(self) -> Formed:

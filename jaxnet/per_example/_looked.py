@@ -14,7 +14,7 @@ from jax import lax
 from jaxnet import dataset
 from jaxnet.contract import Array
 from jaxnet.per_example._leaves import Leaves, at_once
-from jaxnet.per_example._rules import View
+from jaxnet.per_example._rules import View, leaf_of
 
 
 def merged(ids: Array, delta: Array, d: int) -> tuple[Array, Array]:
@@ -50,8 +50,7 @@ class Looked:
         return jax.eval_shape(self.matrix, self.like).shape
 
     def _leaf(self, table: Array) -> Array:
-        """K as the leaf: what rearranges is its own transpose's inverse."""
-        return jax.linear_transpose(self.matrix, self.like)(table.astype(self.like.dtype))[0]
+        return leaf_of(self.matrix, self.like, table)
 
     def _summed(self, rows: Array) -> Array:
         """Σ_nt of rows (N, T, p), each at its place of a table (d, p)."""

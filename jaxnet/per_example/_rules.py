@@ -18,6 +18,11 @@ View = Callable[[Array], Array]
 """A rearrangement of a leaf's entries."""
 
 
+def leaf_of(view: View, like: jax.ShapeDtypeStruct, matrix: Array) -> Array:
+    """The leaf of which ``matrix`` is a view: what rearranges is its own transpose's inverse."""
+    return jax.linear_transpose(view, like)(matrix.astype(like.dtype))[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Tap:
     """A use of a leaf as a kernel.

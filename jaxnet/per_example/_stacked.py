@@ -11,7 +11,7 @@ from jax import lax
 from jaxnet.contract import Array
 from jaxnet.per_example._leaves import Factored, Leaves
 from jaxnet.per_example._looked import Looked
-from jaxnet.per_example._rules import View
+from jaxnet.per_example._rules import View, leaf_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Stacked:
         return lax.map(of_layer, (*(jnp.moveaxis(x, 1, 0) for x in (self.a, self.delta)), given))
 
     def _leaf(self, kernels: Array) -> Array:
-        return jax.linear_transpose(self.matrices, self.like)(kernels)[0]
+        return leaf_of(self.matrices, self.like, kernels)
 
     def squares(self) -> Leaves:
         """‖g_n‖², (N,)."""

@@ -1,7 +1,7 @@
 """The update rule and the training loop: one rule, three batch sizes."""
 
 from jaxnet.training._fit import Best, FitProgress, FitResult, History, Stopped, fit, sweep
-from jaxnet.training._optimizer import ValueFn, with_extra_args
+from jaxnet.training._optimizer import ValueFn, is_masked, with_extra_args
 from jaxnet.training._program import StopRule
 from jaxnet.training._trajectory import trajectory
 from jaxnet.training._update import TrainState, init_state, make_update, with_rate
@@ -17,6 +17,7 @@ __all__ = [
     "ValueFn",
     "fit",
     "init_state",
+    "is_masked",
     "make_update",
     "sweep",
     "trajectory",

@@ -70,6 +70,15 @@ def test_small_spaces_and_a_matrix_of_zeros(n):
     assert follow(0.0 * op, jnp.zeros(n), 1e-5, key=KEY).value == 0
 
 
+def test_what_rounding_hides_is_not_called_converged():
+    """A largest eigenvalue of 1e-4 beside a norm of 1, in single precision: 1e-5 of it is 8 times below eps‖A‖."""
+    d = jnp.append(jnp.linspace(-1.0, -0.1, 60), 1e-4)
+    op = LinearOperator(lambda d, v: d * v, Space.of(d), d)
+    starts = jnp.eye(61)[jnp.array([60, 59, 58])]
+    assert not follow(op, starts, 1e-5, key=KEY).converged
+    assert follow(op, starts, 1e-1, key=KEY).converged
+
+
 def test_what_is_not_finite_fails():
     d = jnp.ones(5).at[2].set(jnp.nan)
     found = follow(LinearOperator(lambda d, v: d * v, Space.of(d), d), jnp.ones(5), 1e-3, key=KEY)

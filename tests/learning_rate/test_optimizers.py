@@ -103,3 +103,14 @@ def test_some_leaves_in_half_precision_are_refused():
     ):
         with pytest.raises(TypeError, match="params.*float32 or float64"):
             refused()
+
+
+def test_each_group_of_another_precision_has_its_own_rate(x64):
+    """Two leaves, one of single precision, stepped at a rate and at four times it: 2 over λ_max(R^½HR^½)."""
+    curvatures = np.array([1.0, 2.0])
+    loss = lambda p, batch: (p["a"] ** 2 * curvatures[0] / 2 + p["b"] ** 2 * curvatures[1] / 2).sum() + 0 * batch.mean()
+    params = {"a": jnp.ones(1, jnp.float32), "b": jnp.ones(1, jnp.float64)}
+    make = lambda rate: optax.partition({"a": optax.sgd(4 * rate), "b": optax.sgd(rate)}, {"a": "a", "b": "b"})
+    batch = jnp.arange(8.0)
+    found = analyse(loss, params, batch, key=jax.random.key(0), make_optimizer=make, batch_sizes=[8])
+    np.testing.assert_allclose(found.limit(8), 2 / (curvatures * [4, 1]).max(), rtol=1e-3)
