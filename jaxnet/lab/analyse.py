@@ -27,6 +27,7 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "nadam": optax.nadam,
     "amsgrad": optax.amsgrad,
     "rmsprop": optax.rmsprop,
+    "lion": optax.lion,
 }
 # Targets of this size are out of reach for a few epochs.
 LARGE_TARGETS = 100.0
@@ -43,7 +44,7 @@ class AnalyseConfig(TaskConfig):
     batch_size: int = 32
     """B of the mini-batch run."""
     optimizer: str = "sgd"
-    """What trains: sgd, momentum or nesterov (β = 0.9), adam, adamw, nadam, amsgrad or rmsprop."""
+    """What trains: sgd, momentum or nesterov (β = 0.9), adam, adamw, nadam, amsgrad, rmsprop or lion."""
     learning_rate: float | None = None
     """A rate of your own for the full-batch run, in place of the derived one."""
     num_epochs: int = 30

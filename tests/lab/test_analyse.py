@@ -4,6 +4,7 @@ import io
 import json
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from jaxnet.lab import cli, report, spectrum
@@ -13,11 +14,13 @@ def job(arguments, out):
     return cli.run(["analyse", *arguments.split(), "--out", str(out)])
 
 
-def test_another_optimizer_is_held_against_a_sweep_of_its_own(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_another_optimizer_is_held_against_a_sweep_of_its_own(tmp_path, optimizer):
     out = tmp_path / "out"
-    assert job("--data two-gaussians --model linear --num-epochs 10 --batch-size 10 --optimizer adamw", out) == 0
+    arguments = "--data two-gaussians --model linear --num-epochs 10 --batch-size 10 --optimizer"
+    assert job(f"{arguments} {optimizer}", out) == 0
     found = json.loads((out / "record.json").read_text())
-    assert found["measurements"]["optimizer"] == "adamw"
+    assert found["measurements"]["optimizer"] == optimizer
     keys = [claim["key"] for claim in found["claims"]]
     assert keys == ["limit", "near_the_best_full_batch", "near_the_best_mini_batch", "near_the_best_stochastic"]
     for run, claim in zip(found["measurements"]["runs"], found["claims"][1:], strict=True):
