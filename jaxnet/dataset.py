@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
@@ -26,6 +27,7 @@ from jaxnet.contract import Array, ArrayTree
 
 __all__ = [
     "Stream",
+    "afresh",
     "check_in_memory",
     "cond",
     "first",
@@ -59,9 +61,11 @@ class Stream:
 
     Attributes:
       batches: each a pytree of arrays with a leading axis of examples; iterated anew for each pass.
+      passes: what the first pass held that a result was summed over; another one must hold the same.
     """
 
     batches: Iterable[Any]
+    passes: list["_Content"] = dataclasses.field(default_factory=list, repr=False)
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of one pass.
@@ -75,6 +79,62 @@ class Stream:
             yield batch
         if empty:
             raise ValueError("batch: expected at least one batch, got none")
+
+
+@dataclasses.dataclass
+class _Content:
+    """What a pass held: N, and the sums of the examples' hashes, in whatever order and in this one."""
+
+    num: int = 0
+    in_any_order: int = 0
+    in_this_order: int = 0
+
+    def add(self, batch: Any) -> None:
+        n = contract.num_examples(batch)
+        hashes = np.zeros(n, np.uint64)
+        for place, leaf in enumerate(jax.tree.leaves(batch)):
+            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+                continue
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
+            content = np.ascontiguousarray(leaf).reshape(n, -1).view(np.uint8)
+            words = np.pad(content, ((0, 0), (0, -content.shape[1] % 8))).view(np.uint64)
+            weights = _mixed(np.arange(words.shape[1], dtype=np.uint64) + np.uint64(place << 40))
+            hashes += (words * weights).sum(axis=1)
+        hashes = _mixed(hashes)
+        places = np.arange(self.num + 1, self.num + n + 1, dtype=np.uint64)
+        self.num += n
+        self.in_any_order = (self.in_any_order + int(hashes.sum())) % 2**64
+        self.in_this_order = (self.in_this_order + int((hashes * places).sum())) % 2**64
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """Odd numbers of 64 bits, each of which depends on all bits of one of x.
+
+    Reference:
+      Steele, Lea & Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014, figure 16.
+    """
+    x = (x + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) | np.uint64(1)
+
+
+def _check_pass(data: Stream, content: _Content) -> None:
+    """Raise unless a pass held what the first one did, in whatever order."""
+    if not data.passes:
+        data.passes.append(content)
+    seen = data.passes[0]
+    if (seen.num, seen.in_any_order) != (content.num, content.in_any_order):
+        raise contract.UserError(
+            f"batch: a pass over the batches held other examples than the first ({content.num} and {seen.num} of "
+            "them), and this result needs the same ones at each pass; fix what draws, augments or drops them, or pass "
+            "a list of the batches of one pass"
+        )
+
+
+def afresh(data: Any) -> Any:
+    """The same data; of a stream, one whose next pass may hold other examples than those before."""
+    return Stream(data.batches) if isinstance(data, Stream) else data
 
 
 def of(batch: Any) -> Any:
@@ -136,14 +196,20 @@ class _WithRows:
     values: ArrayTree
 
     def __iter__(self) -> Iterator[Any]:
-        start, n = 0, contract.num_examples(self.values)
+        start, n, content = 0, contract.num_examples(self.values), _Content()
         for batch in self.batches:
+            content.add(batch)
             stop = start + contract.num_examples(batch)
             if stop <= n:
                 yield batch, jax.tree.map(lambda x, start=start, stop=stop: x[start:stop], self.values)
             start = stop
         if start != n:
             raise ValueError(f"batch: this pass over the batches had {start} examples, and there are {n} rows for them")
+        if any(seen.in_this_order != content.in_this_order for seen in self.batches.passes):
+            raise contract.UserError(
+                "batch: this pass over the batches held their examples in another order, and each has a row of its own; "
+                "let the order stay, or pass a list of the batches of one pass"
+            )
 
 
 def mean(function: Callable[..., Any], data: Any, *given: Any, size: int | None = None) -> Any:
@@ -219,7 +285,7 @@ def _over_stream(function: Callable[..., Any], data: Stream, given: Any, *, weig
             "batch: a data set in batches is gone through on the host, where nothing can be traced: call this outside "
             "of jit, grad and vmap, or pass one batch in memory"
         )
-    entries, summed, sums, n = [], None, None, 0
+    entries, summed, sums, n, content = [], None, None, 0, _Content()
     for batch in data:
         num = contract.num_examples(batch)
         part, sums = _compiled(function, batch, given)
@@ -227,6 +293,8 @@ def _over_stream(function: Callable[..., Any], data: Stream, given: Any, *, weig
         summed = _scaled(sums, weight) if summed is None else _added(summed, sums, weight)
         entries.append(part)
         n += num
+        content.add(batch)  # while the device works
+    _check_pass(data, content)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *entries), summed, sums, n
 
 

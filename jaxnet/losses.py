@@ -27,6 +27,7 @@ __all__ = [
     "check_parts",
     "chunked",
     "mean_loss",
+    "mixed_precision",
     "parts_of",
     "sigmoid_cross_entropy",
     "softmax_cross_entropy",
@@ -224,6 +225,54 @@ def chunked(loss: Loss, size: int) -> ChunkedLoss:
     if size < 1:
         raise ValueError(f"chunked: expected a size of 1 or more, got {size}")
     return ChunkedLoss(loss, size)
+
+
+@takes_loss
+def mixed_precision(loss: Loss, dtype: Any = jnp.bfloat16) -> Loss:
+    """The same loss, computed in another precision: params and floating inputs are rounded to it at each call.
+
+    What is held stays as it was: params, the updates, the gradients (those of the rounding are taken as 1), their means
+    over examples and Krylov vectors. Of a loss of `mean_loss` the network alone is computed in ``dtype``; its outputs
+    meet the criterion, and the mean is taken, in the params' own precision.
+
+    Curvature is then that of the rounded computation, known to a few units of ``dtype``: ask for a tolerance of 0.01,
+    not 1e-3, and no bound is certified. For limits and rates measure the loss itself.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``, a mean over the batch.
+      dtype: of the computation, a floating one.
+
+    Returns:
+      A hashable loss; of the same kind where the loss is of `mean_loss` or `chunked`.
+
+    Raises:
+      TypeError: ``dtype`` is not a floating one.
+
+    Reference:
+      Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.1; no loss scale, which bfloat16 needs not.
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"mixed_precision: expected a floating dtype, got {dtype}")
+    if isinstance(loss, ChunkedLoss):
+        return ChunkedLoss(mixed_precision(loss.loss, dtype), loss.size)
+    if isinstance(loss, MeanLoss):
+        return MeanLoss(_Rounded(loss.apply, dtype), loss.criterion)
+    return _Rounded(loss, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rounded:
+    """A function of params and data, computed in another precision; its result is in the params' own."""
+
+    function: Callable[..., Array]
+    dtype: Any
+
+    def __call__(self, params: ArrayTree, data: Any, **further: Any) -> Array:
+        own = jnp.result_type(*jax.tree.leaves(params))
+        cast = lambda x: x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        rounded = lambda tree: jax.tree.map(lambda x: cast(jnp.asarray(x)), tree)
+        return self.function(rounded(params), rounded(data), **further).astype(own)
 
 
 def check_mean(loss: Loss, params: ArrayTree, batch: ArrayTree, key: Array | None = None) -> None:

@@ -4,10 +4,13 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.special
 
-from jaxnet import losses, nn
+from jaxnet import curvature, losses, nn, per_example, training
+
+KEY = jax.random.key(0)
 
 
 def logits_and_labels(seed, n, c):
@@ -169,3 +172,35 @@ def test_narrow_labels_are_compared_in_full(dtype):
     """Byte-level text: 256 classes do not fit the labels' own type."""
     found = losses.softmax_cross_entropy(jnp.zeros((2, 256)), jnp.array([0, 1], dtype))
     np.testing.assert_allclose(found, np.log(256), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mean_loss", "chunked", "a function"])
+def test_mixed_precision_rounds_the_computation_and_keeps_the_rest(kind, mlp_problem):
+    """The value is the network's on rounded numbers; what is held stays in the params' precision."""
+    loss, params, batch = mlp_problem
+    low = losses.mixed_precision(
+        {"chunked": losses.chunked(loss, 5), "a function": lambda p, b: loss(p, b)}.get(kind, loss), jnp.bfloat16
+    )
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    expected = loss(half, (batch[0].astype(jnp.bfloat16), batch[1]))
+    value, gradient = jax.value_and_grad(low)(params, batch)
+    assert value.dtype == jnp.float64
+    np.testing.assert_allclose(value, expected, rtol=0.01)
+    assert kind == "a function" or value != jnp.asarray(value, jnp.bfloat16)  # the mean is not rounded
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradient, params)
+    chex.assert_trees_all_close(gradient, jax.grad(loss)(params, batch), atol=0.02)
+    chex.assert_trees_all_equal_shapes_and_dtypes(per_example.gradients(low, params, batch).norms(), jnp.zeros(12))
+    step = training.fit(low, params, batch, optax.adam, learning_rate=0.01, batch_size=4, num_epochs=1, key=KEY)
+    chex.assert_trees_all_equal_shapes_and_dtypes(step.state, training.init_state(params, optax.adam(0.01)))
+    true, found = (curvature.sharpness(f, params, batch, key=KEY, tol=0.01) for f in (losses.chunked(loss, 5), low))
+    np.testing.assert_allclose(found.value, true.value, rtol=0.05)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found.vector, params)
+    assert np.isnan(found.upper_bound)
+
+
+def test_losses_of_equal_precision_are_equal(mlp_problem):
+    loss = mlp_problem[0]
+    assert losses.mixed_precision(loss) == losses.mixed_precision(loss, "bfloat16")
+    assert losses.mixed_precision(loss) != losses.mixed_precision(loss, jnp.float16)
+    with pytest.raises(TypeError, match="expected a floating dtype, got int32"):
+        losses.mixed_precision(loss, jnp.int32)

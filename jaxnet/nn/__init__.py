@@ -4,7 +4,7 @@ from jaxnet.nn._attention import self_attention
 from jaxnet.nn._conv import avg_pool, conv, max_pool
 from jaxnet.nn._dense import dense
 from jaxnet.nn._embed import embed
-from jaxnet.nn._layer import Layer, activation, dropout, flatten, residual, serial
+from jaxnet.nn._layer import Layer, activation, dropout, flatten, remat, residual, serial
 from jaxnet.nn._networks import lenet, linear_neuron, mlp, transformer
 from jaxnet.nn._norm import group_norm, layer_norm
 
@@ -23,6 +23,7 @@ __all__ = [
     "linear_neuron",
     "max_pool",
     "mlp",
+    "remat",
     "residual",
     "self_attention",
     "serial",

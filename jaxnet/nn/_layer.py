@@ -69,6 +69,23 @@ def activation(fn: Callable[[Array], Array]) -> Layer:
 
 
 @layer_maker
+def remat(layer: Layer) -> Layer:
+    """The same layer, whose intermediates are computed anew in the backward pass and not kept.
+
+    A network of L such layers holds the L inputs of its layers, and the intermediates of one, for about one forward
+    pass more: the way for deep networks. Hessian products and per-example gradients gain alike.
+
+    Args:
+      layer: a part of a network, such as one block of several layers.
+
+    Reference:
+      Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, section 4.1.
+    """
+    apply = jax.checkpoint(lambda params, x, key: layer.apply(params, x, key=key))
+    return Layer(layer.init, lambda params, x, *, key=None: apply(params, x, key))
+
+
+@layer_maker
 def flatten() -> Layer:
     """(N, ...) to (N, product of the rest)."""
     return Layer(no_params, lambda params, x, *, key=None: x.reshape(x.shape[0], -1))

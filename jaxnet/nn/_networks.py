@@ -10,7 +10,7 @@ from jaxnet.nn._attention import self_attention
 from jaxnet.nn._conv import Pair, avg_pool, conv
 from jaxnet.nn._dense import dense, lecun_normal
 from jaxnet.nn._embed import embed, standard_normal
-from jaxnet.nn._layer import Layer, Shape, activation, flatten, layer_maker, residual, serial
+from jaxnet.nn._layer import Layer, Shape, activation, flatten, layer_maker, remat, residual, serial
 from jaxnet.nn._norm import layer_norm
 
 
@@ -99,7 +99,14 @@ def _positions(max_length: int) -> Layer:
 
 @layer_maker
 def transformer(
-    vocabulary: int, *, features: int, num_heads: int, num_layers: int, hidden: int, max_length: int
+    vocabulary: int,
+    *,
+    features: int,
+    num_heads: int,
+    num_layers: int,
+    hidden: int,
+    max_length: int,
+    remat_layers: bool = False,
 ) -> Layer:
     """A decoder: at each position of a text, the logits of the next token, from the tokens so far.
 
@@ -113,6 +120,7 @@ def transformer(
       num_layers: the number of pairs of attention and dense layers.
       hidden: the width between the two dense layers, commonly 4d.
       max_length: the number of rows of P, the longest text.
+      remat_layers: keep the inputs of the layers alone for the backward pass, as `remat` does.
 
     Returns:
       A `Layer` on integers (N, T), T up to ``max_length``, to logits (N, T, V). A token outside 0…V − 1 makes the
@@ -134,5 +142,6 @@ def transformer(
         raise ValueError(f"transformer: expected num_heads to divide features, got {num_heads} and {features}")
     attend = residual(serial(layer_norm(), self_attention(num_heads)))
     rework = residual(serial(layer_norm(), dense(hidden), activation(jax.nn.gelu), dense(features)))
-    blocks = [serial(attend, rework) for _ in range(num_layers)]
+    block = serial(attend, rework)
+    blocks = [remat(block) if remat_layers else block] * num_layers
     return serial(embed(vocabulary, features), _positions(max_length), *blocks, layer_norm(), dense(vocabulary))

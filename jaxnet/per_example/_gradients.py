@@ -93,8 +93,7 @@ class PerExampleGradients:
     @dataset.jit
     def wide_mean(self) -> ArrayTree:
         """ḡ in float32 at least, to be subtracted: params of half precision would round it by more than g_n − ḡ."""
-        n = self.num_examples
-        return self.total(Held.weighted_sum, weights=jnp.full(n, 1 / n))
+        return optax.tree.scale(1 / self.num_examples, self.total(_sum))
 
     def _like_params(self, tree: ArrayTree) -> ArrayTree:
         return jax.tree.map(lambda x, p: x.astype(p.dtype), tree, self.params)
@@ -193,6 +192,10 @@ def _gram(grads: PerExampleGradients) -> Array:
 
 def _products_and_squares(held: Held, tree: ArrayTree) -> tuple[Array, Any]:
     return held.vdot(tree), sum(jax.tree.leaves(held.squares()))
+
+
+def _sum(held: Held) -> ArrayTree:
+    return held.weighted_sum(jnp.ones(contract.num_examples(held.batch)))
 
 
 def _clipped_sum(held: Held, max_norm: Array) -> ArrayTree:

@@ -231,7 +231,7 @@ def _epochs(
             code = jnp.where((code == RUNNING) & (carry.waited >= stop.patience), PATIENCE, code)
         finite = [jnp.isfinite(x).all() for x in (losses, *jax.tree.leaves(state.params))]
         code = jnp.where(jnp.stack(finite).all(), code, DIVERGED).astype(jnp.int32)
-        on_data = dataset.mean(_Metrics(program.metrics), data, state.params) if program.metrics else {}
+        on_data = dataset.mean(_Metrics(program.metrics), dataset.afresh(data), state.params) if program.metrics else {}
         return carry._replace(code=code), Rows(loss, losses, on_data, held_out)
 
     if dataset.on_host(data, validation):

@@ -179,3 +179,19 @@ def test_linear_neuron_meets_targets_of_its_shape():
 def test_bad_shapes_say_what_was_expected(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_remat_keeps_the_inputs_of_its_layers_alone(key):
+    """The pullback holds what the backward pass reads."""
+    block = nn.residual(nn.serial(nn.dense(7), nn.activation(jnp.tanh), nn.dropout(0.5), nn.dense(5)))
+    plain, remat = nn.serial(block, block, block), nn.serial(*[nn.remat(block)] * 3)
+    params, x = plain.init(KEY, (5,)), jax.random.normal(KEY, (40, 5))
+    chex.assert_trees_all_equal(remat.init(KEY, (5,)), params)
+    of = lambda net: jax.vjp(lambda p: net.apply(p, x, key=key), params)
+    (expected, pull), (found, pull_anew) = of(plain), of(remat)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    chex.assert_trees_all_close(pull_anew(found), pull(expected), rtol=1e-5)
+    held = lambda pull: sorted(leaf.shape for leaf in jax.tree.leaves(pull) if leaf.shape[:1] == (40,))
+    assert held(pull_anew) == [(40, 5)] * 3
+    assert (40, 7) in held(pull)
