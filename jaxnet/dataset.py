@@ -207,8 +207,8 @@ class _WithRows:
             raise ValueError(f"batch: this pass over the batches had {start} examples, and there are {n} rows for them")
         if any(seen.in_this_order != content.in_this_order for seen in self.batches.passes):
             raise contract.UserError(
-                "batch: this pass over the batches held their examples in another order, and each has a row of its own; "
-                "let the order stay, or pass a list of the batches of one pass"
+                "batch: this pass over the batches held their examples in another order, and each has a row of its "
+                "own; let the order stay, or pass a list of the batches of one pass"
             )
 
 

@@ -78,12 +78,14 @@ def read(
     targets: str = "y",
     target: str | None = None,
     drop: str | None = None,
+    most_numbers: int | None = None,
 ) -> Contents:
     """`load` to NumPy arrays in double precision, with what was done to get there.
 
     For what must come before the rounding to single precision, such as to standardise a column of large numbers.
 
-    Args, raises: as of `load`; no number is too large.
+    Args, raises: as of `load`; no number is too large. With ``most_numbers``, a file that holds more is read as a sample
+    of its rows, drawn at random but always the same, in the memory of a few such samples: `Contents.notes` says so.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -93,14 +95,15 @@ def read(
     suffix = path.suffix.lower()
     words: tuple[str, ...] | None = None
     notes: list[str] = []
+    chosen: np.ndarray | None = None
     if suffix == ".npz":
         if target is not None or drop is not None:
             raise UserError(f"{path}: target and drop name columns of a table; of an archive name inputs and targets")
-        x, y = read_archive(path, inputs, targets)
+        x, y, chosen, notes = read_archive(path, inputs, targets, most_numbers)
     elif suffix in (".csv", ".tsv"):
         if (inputs, targets) != ("x", "y"):
             raise UserError(f"{path}: inputs and targets name arrays of an archive; of a table name the column target")
-        x, y, words, notes = read_table(path, target, drop)
+        x, y, words, notes = read_table(path, target, drop, most_numbers)
     else:
         raise UserError(f"{path}: expected a file that ends in .npz or .csv, or in .tsv")
     if x.ndim < 2 or y.ndim < 1 or len(x) != len(y) or x.size == 0:
@@ -112,6 +115,6 @@ def read(
         if bad.size:
             raise UserError(
                 f"{path}: {name} hold NaN or infinity in {bad.size} of {len(values)} rows, the first is row "
-                f"{bad[0] + 1}; drop or fill them"
+                f"{(bad if chosen is None else chosen[bad])[0] + 1}; drop or fill them"
             )
     return Contents(x, y, words, tuple(notes))

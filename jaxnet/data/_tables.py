@@ -2,14 +2,17 @@
 
 import collections
 import csv
+import io
 import itertools
 import pathlib
 import re
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
 
 import numpy as np
 
 from jaxnet.contract import UserError
+from jaxnet.data._archives import of_sample, sampled
 from jaxnet.data._bundled import need
 
 SEPARATORS = "\t;|,"
@@ -26,10 +29,10 @@ MOST_WORDS = 1000
 
 
 def read_table(
-    path: pathlib.Path, target: str | None, drop: str | None
+    path: pathlib.Path, target: str | None, drop: str | None, most_numbers: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None, list[str]]:
     """Inputs (N, D), targets (N,) or (N, M), the words they stand for, and what was done to get there."""
-    table, notes = _read(path)
+    table, num_rows, notes = _read(path, most_numbers)
     for name in _named(path, "drop", drop, table):
         del table[name]
     _leave_out_nameless(path, table, notes)
@@ -39,6 +42,11 @@ def read_table(
             raise UserError(f"{path}: column {name!r} is empty; name another target")
         notes.append(f"column {name!r} is left out: it is empty")
         del table[name]
+    # One-hot words are the wider: a second look, now that the columns are known.
+    fewer = sampled(len(table), sum(_width(table[name]) for name in table), most_numbers)
+    table = table if fewer is None else table.iloc[fewer]
+    if len(table) < num_rows:
+        notes.insert(0, of_sample(len(table), num_rows))
     table = _complete_rows(path, table, notes)
     inputs = [_input(path, name, table[name], notes) for name in table if name not in wanted]
     targets = [_target(path, name, table[name], notes) for name in wanted]
@@ -52,13 +60,15 @@ def read_table(
     return np.concatenate(inputs, axis=1), np.stack([values for values, _ in targets], axis=1), None, notes
 
 
-def _read(path: pathlib.Path) -> tuple[Any, list[str]]:
-    """The table with the types that pandas finds, its index the rows' numbers from 1 on."""
+def _read(path: pathlib.Path, most_numbers: int | None) -> tuple[Any, int, list[str]]:
+    """The table with the types that pandas finds, its index the rows' numbers from 1 on, or a sample of its rows; and
+    how many rows there are."""
     pandas = need("pandas", "table", "a table is read with")
     try:
-        header, separator, comma = _shape(path)
+        header, separator, comma, num_rows = _shape(path)
+        chosen = sampled(num_rows, len(header), most_numbers)
         table = pandas.read_csv(
-            path,
+            path if chosen is None else _some_rows(path, separator, chosen),
             sep=separator,
             decimal="," if comma else ".",
             header=0,
@@ -72,29 +82,44 @@ def _read(path: pathlib.Path) -> tuple[Any, list[str]]:
         )
     except (UnicodeDecodeError, csv.Error, pandas.errors.ParserError) as error:
         raise UserError(f"{path}: not a readable table; save it as UTF-8 text, one line a row") from error
-    table.index += 1
+    table.index = table.index + 1 if chosen is None else chosen + 1
     for name in table.select_dtypes("string"):
         # pandas knows a missing cell by its text, padding included.
         text = table[name].str.strip()
         table[name] = text.mask(text.isin(MISSING))
     if all(re.fullmatch(NUMBER, name) or (table[name].astype(str) == name).any() for name in table):
         raise UserError(f"{path}: its first line looks like the others; begin with a header line of column names")
-    return table, ["decimal commas are read as points"] if comma else []
+    return table, num_rows, ["decimal commas are read as points"] if comma else []
 
 
-def _shape(path: pathlib.Path) -> tuple[list[str], str, bool]:
-    """The columns' names, what separates them, and whether numbers have a decimal comma.
+def _lines(file: Iterable[str], separator: str) -> Iterator[list[str]]:
+    """The header's cells and each row's, but for empty lines."""
+    rows = csv.reader(file, delimiter=separator, skipinitialspace=True)
+    return (row for row in rows if len(row) > 1 or "".join(row).strip())
+
+
+def _some_rows(path: pathlib.Path, separator: str, chosen: np.ndarray) -> TextIO:
+    """The header and some rows as a table by itself."""
+    text, wanted = io.StringIO(newline=""), np.zeros(chosen[-1] + 2, bool)
+    wanted[0] = wanted[chosen + 1] = True
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        csv.writer(text, delimiter=separator).writerows(itertools.compress(_lines(file, separator), wanted))
+    text.seek(0)
+    return text
+
+
+def _shape(path: pathlib.Path) -> tuple[list[str], str, bool, int]:
+    """The columns' names, what separates them, whether numbers have a decimal comma, and how many rows there are.
 
     pandas fills up a short row and renames a column whose name is there twice: both are refused here.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
         lines = list(itertools.islice((line for line in file if line.strip()), 2))
-        split = lambda lines, sep: csv.reader(lines, delimiter=sep, skipinitialspace=True)
-        widths = {sep: [len(row) for row in split(lines, sep)] or [0] for sep in SEPARATORS}
+        widths = {sep: [len(row) for row in _lines(lines, sep)] or [0] for sep in SEPARATORS}
         fits = lambda sep: widths[sep][0] > 1 and len(set(widths[sep])) == 1
         separator = max(SEPARATORS, key=lambda sep: (fits(sep), widths[sep][0]))
         file.seek(0)
-        filled = (row for row in split(file, separator) if len(row) > 1 or "".join(row).strip())
+        filled = _lines(file, separator)
         header = [name.strip() for name in next(filled, [])]
         count, marks = 0, set[str]()
         for count, row in enumerate(filled, start=1):
@@ -111,7 +136,7 @@ def _shape(path: pathlib.Path) -> tuple[list[str], str, bool]:
         places = ", ".join(str(i) for i, other in enumerate(header, start=1) if other == name)
         shared = f"the same name {name!r}" if name else "no name"
         raise UserError(f"{path}: columns {places} have {shared}; give each a name of its own")
-    return [name or f"(column {i})" for i, name in enumerate(header, start=1)], separator, marks == {","}
+    return [name or f"(column {i})" for i, name in enumerate(header, start=1)], separator, marks == {","}, count
 
 
 def _named(path: pathlib.Path, option: str, names: str | None, table: Any) -> list[str]:
@@ -158,6 +183,11 @@ def _complete_rows(path: pathlib.Path, table: Any, notes: list[str]) -> Any:
     where = ", ".join(f"{name!r}" for name in table if counts[name])
     notes.append(f"rows left out, {gaps.sum()} of {len(table)}: a cell is empty or NA in {where}")
     return table[~gaps]
+
+
+def _width(column: Any) -> int:
+    """How many numbers a row of it may become."""
+    return 1 if column.dtype.kind in "biuf" else min(column.nunique(), MOST_WORDS)
 
 
 def _input(path: pathlib.Path, name: str, column: Any, notes: list[str]) -> np.ndarray:

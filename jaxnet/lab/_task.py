@@ -32,6 +32,8 @@ DATA = ("digits", "two-gaussians", "mnist1d", "mnist5k")
 MODELS = ("linear", "mlp", "lenet")
 # What counts is bounded, so that a slip of the keyboard is answered at once and in words.
 MOST, MOST_PARAMS = 10**6, 10**9
+# A file with more is read as a sample of its rows: in double precision, a copy or two, and the words that they were.
+MOST_NUMBERS = 2**24
 # Examples at a time: a convolution's patches are 25 times its images.
 CHUNK = {"linear": 2000, "mlp": 2000, "lenet": 100}
 
@@ -213,7 +215,14 @@ def _load(
             raise UserError(
                 f"unknown data {config.data!r}: known are {', '.join(DATA)}, or the path of an .npz or .csv file"
             )
-        found = data.read(path, inputs=config.inputs, targets=config.targets, target=config.target, drop=config.drop)
+        found = data.read(
+            path,
+            inputs=config.inputs,
+            targets=config.targets,
+            target=config.target,
+            drop=config.drop,
+            most_numbers=MOST_NUMBERS,
+        )
     except OSError as error:
         # The system's own errors carry a number, and the path at their end.
         raise UserError(f"{path}: {error.strerror}" if error.errno else str(error)) from error
