@@ -84,8 +84,9 @@ def read(
 
     For what must come before the rounding to single precision, such as to standardise a column of large numbers.
 
-    Args, raises: as of `load`; no number is too large. With ``most_numbers``, a file that holds more is read as a sample
-    of its rows, drawn at random but always the same, in the memory of a few such samples: `Contents.notes` says so.
+    Args, raises: as of `load`; no number is too large. With ``most_numbers``, a file that holds more is read as a
+    sample of its rows, drawn at random but always the same, in the memory of a few such samples: `Contents.notes` says
+    so.
     """
     path = pathlib.Path(path)
     if path.is_dir():
