@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree
+from jaxnet.dataset._content import Content
 
 __all__ = [
     "Stream",
@@ -65,7 +65,7 @@ class Stream:
     """
 
     batches: Iterable[Any]
-    passes: list["_Content"] = dataclasses.field(default_factory=list, repr=False)
+    passes: list[Content] = dataclasses.field(default_factory=list, repr=False)
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of one pass.
@@ -81,45 +81,7 @@ class Stream:
             raise ValueError("batch: expected at least one batch, got none")
 
 
-@dataclasses.dataclass
-class _Content:
-    """What a pass held: N, and the sums of the examples' hashes, in whatever order and in this one."""
-
-    num: int = 0
-    in_any_order: int = 0
-    in_this_order: int = 0
-
-    def add(self, batch: Any) -> None:
-        n = contract.num_examples(batch)
-        hashes = np.zeros(n, np.uint64)
-        for place, leaf in enumerate(jax.tree.leaves(batch)):
-            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-                continue
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                leaf = jax.random.key_data(leaf)
-            content = np.ascontiguousarray(leaf).reshape(n, -1).view(np.uint8)
-            words = np.pad(content, ((0, 0), (0, -content.shape[1] % 8))).view(np.uint64)
-            weights = _mixed(np.arange(words.shape[1], dtype=np.uint64) + np.uint64(place << 40))
-            hashes += (words * weights).sum(axis=1)
-        hashes = _mixed(hashes)
-        places = np.arange(self.num + 1, self.num + n + 1, dtype=np.uint64)
-        self.num += n
-        self.in_any_order = (self.in_any_order + int(hashes.sum())) % 2**64
-        self.in_this_order = (self.in_this_order + int((hashes * places).sum())) % 2**64
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """Odd numbers of 64 bits, each of which depends on all bits of one of x.
-
-    Reference:
-      Steele, Lea & Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014, figure 16.
-    """
-    x = (x + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))) | np.uint64(1)
-
-
-def _check_pass(data: Stream, content: _Content) -> None:
+def _check_pass(data: Stream, content: Content) -> None:
     """Raise unless a pass held what the first one did, in whatever order."""
     if not data.passes:
         data.passes.append(content)
@@ -196,7 +158,7 @@ class _WithRows:
     values: ArrayTree
 
     def __iter__(self) -> Iterator[Any]:
-        start, n, content = 0, contract.num_examples(self.values), _Content()
+        start, n, content = 0, contract.num_examples(self.values), Content()
         for batch in self.batches:
             content.add(batch)
             stop = start + contract.num_examples(batch)
@@ -285,7 +247,7 @@ def _over_stream(function: Callable[..., Any], data: Stream, given: Any, *, weig
             "batch: a data set in batches is gone through on the host, where nothing can be traced: call this outside "
             "of jit, grad and vmap, or pass one batch in memory"
         )
-    entries, summed, sums, n, content = [], None, None, 0, _Content()
+    entries, summed, sums, n, content = [], None, None, 0, Content()
     for batch in data:
         num = contract.num_examples(batch)
         part, sums = _compiled(function, batch, given)
