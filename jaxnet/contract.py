@@ -9,13 +9,16 @@ it is compiled and kept: a later change of that is not seen. What changes belong
 
 import dataclasses
 import functools
+import html
 import numbers
+import textwrap
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Array: TypeAlias = jax.Array
@@ -26,6 +29,9 @@ MakeOptimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result", bound=type)
+# Numbers that an array may have to be shown by value.
+_FEW = 8
 
 
 class UserError(ValueError):
@@ -74,6 +80,55 @@ def takes_loss(function: Function) -> Function:
         return function(hashable(loss), *args, **kwargs)
 
     return cast(Function, call)
+
+
+def result(cls: Result) -> Result:
+    """Of a dataclass or NamedTuple that people see: a repr of a few lines, and a table in a notebook.
+
+    Small arrays are shown by their values, others by dtype and shape, pytrees by how much they hold.
+    """
+    cls.__repr__ = _in_words  # type: ignore[method-assign, assignment]
+    cls._repr_html_ = _as_table  # type: ignore[attr-defined]
+    return cls
+
+
+def _fields(shown: Any) -> dict[str, Any]:
+    names = getattr(shown, "_fields", None) or [field.name for field in dataclasses.fields(shown)]
+    return {name: getattr(shown, name) for name in names}
+
+
+def _in_words(shown: Any) -> str:
+    fields = ", ".join(f"{name}={brief(value)}" for name, value in _fields(shown).items())
+    return textwrap.fill(f"{type(shown).__name__}({fields})", 100, subsequent_indent="    ", break_long_words=False)
+
+
+def _as_table(shown: Any) -> str:
+    # What has rows of its own says more than its fields do.
+    rows = shown.rows() if hasattr(shown, "rows") and hasattr(shown, "to_dict") else _fields(shown).items()
+    cells = ("".join(f"<td>{html.escape(x if isinstance(x, str) else brief(x))}</td>" for x in row) for row in rows)
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def brief(value: Any) -> str:
+    """A value in a few words: a small array by its numbers, a large one by its shape, a pytree by how much it holds."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, jax.core.Tracer) or (hasattr(value, "shape") and hasattr(value, "dtype")):
+        if isinstance(value, jax.core.Tracer) or value.size > _FEW or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+            return f"{value.dtype}{list(value.shape)}"
+        numbers_in = np.asarray(value)
+        shown = " ".join(np.array2string(numbers_in, precision=6, separator=", ").split())
+        return shown.replace("[ ", "[") if value.ndim else brief(numbers_in.item())
+    if value is None or isinstance(value, (str, bool, int)):
+        return repr(value)
+    if "__repr__" in vars(type(value)) and type(value).__repr__ is _in_words:
+        return f"<{type(value).__name__}>"
+    leaves = [leaf for leaf in jax.tree.leaves(value) if hasattr(leaf, "size")]
+    if leaves:
+        return f"<{len(leaves)} arrays, {sum(leaf.size for leaf in leaves):,} numbers>"
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return textwrap.shorten(repr(value), 60, placeholder="…")
 
 
 class Progress(Protocol):

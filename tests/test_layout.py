@@ -28,6 +28,7 @@ LAB = [
     {"record"},
     {"_task", "_panels"},
     {"plots"},
+    {"_page"},
     {"report"},
     {"experiments", "analyse", "spectrum"},
     {"cli"},

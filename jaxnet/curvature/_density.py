@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import erf
 
+from jaxnet import contract
 from jaxnet.contract import Array
 from jaxnet.curvature import _lanczos
 from jaxnet.curvature._operators import LinearOperator, check_one_batch, flattened
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SpectralDensity:

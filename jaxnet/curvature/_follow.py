@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnet import dataset
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import _lanczos
 from jaxnet.curvature._operators import LinearOperator, check_deterministic, flattened
@@ -31,6 +31,7 @@ LEADING, _ROOM, _BLEND = 3, 8, 0.03
 _TIMES, _SHARE = 3.0, 0.05
 
 
+@contract.result
 class Leading(NamedTuple):
     """The largest eigenvalue found.
 

@@ -12,6 +12,7 @@ from jaxnet.curvature import _lanczos
 from jaxnet.curvature._operators import Space
 
 
+@contract.result
 class OnlineSharpness(NamedTuple):
     """Pure functions: ``init(params, *, key) -> Ψ`` and ``update(Ψ, params, batch) -> (Ψ, λ)``."""
 

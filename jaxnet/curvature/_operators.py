@@ -119,6 +119,7 @@ def _apart(x: Any) -> bool:
     return isinstance(x, jax.Array) and not x.sharding.is_fully_replicated
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearOperator:

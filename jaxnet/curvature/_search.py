@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxnet import dataset
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import _bound, _lanczos
 from jaxnet.curvature._operators import LinearOperator, OverExamples, Space, check_deterministic
@@ -40,6 +40,7 @@ _PATIENCE = 100_000
 _BLEND = 0.01
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Eigenpairs:

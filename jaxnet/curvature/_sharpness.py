@@ -21,6 +21,7 @@ from jaxnet.curvature._search import Eigensolver
 _AT_ONCE = 64
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sharpness:

@@ -13,6 +13,7 @@ from jaxnet.curvature._lanczos import norm
 from jaxnet.curvature._operators import LinearOperator, check_one_batch, flattened, shift
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Solution:

@@ -10,6 +10,7 @@ import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from jaxnet import contract
 from jaxnet.contract import Array
 from jaxnet.curvature._lanczos import norm
 from jaxnet.curvature._operators import LinearOperator, check_one_batch, materialize
@@ -18,6 +19,7 @@ from jaxnet.curvature._operators import LinearOperator, check_one_batch, materia
 METHODS = {"hutchinson": 1, "hutch++": 3, "xtrace": 2}
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Estimate:

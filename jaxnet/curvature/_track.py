@@ -12,6 +12,7 @@ from jaxnet.contract import Array, ArrayTree, Loss, Progress
 from jaxnet.curvature._sharpness import Sharpness, sharpness
 
 
+@contract.result
 class Track(NamedTuple):
     """What is known so far.
 
@@ -28,6 +29,7 @@ class Track(NamedTuple):
     num_matvecs: Array
 
 
+@contract.result
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("batch", "key"),

@@ -64,7 +64,7 @@ def of_analysis(found: Analysis) -> list[Panel]:
             ylabel="learning rate η",
             series=series,
             lines=lines,
-            xscale="log",
+            xscale="log2",
             yscale="log",
         )
     ]
@@ -330,7 +330,7 @@ def of_noise_scale(found: NoiseScale) -> list[Panel]:
             ylabel="squared length",
             series=[Series("S/B, the noise", sizes, trace / sizes, "line", 0)],
             lines=[*signal, Line("B_simple = S/|G|²", scale)],
-            xscale="log",
+            xscale="log2",
             yscale="log" if trace > 0 else "linear",
         )
     ]

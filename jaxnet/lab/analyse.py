@@ -86,6 +86,7 @@ def stages(config: AnalyseConfig, on_stage: OnStage = lambda stage, share: None)
         measurements=analysis.to_dict(),
         rows=[*task.rows, *_of_targets(task), *analysis.rows(), *_of_own_rate(config, analysis)],
         panels=_panels.of_analysis(analysis),
+        answer=_answer(config, analysis),
     )
     yield found
 
@@ -106,6 +107,24 @@ def stages(config: AnalyseConfig, on_stage: OnStage = lambda stage, share: None)
     on_stage("ladder of rates", 0.8)
     yield _with_ladder(found, task, analysis, keys[3:])
     on_stage("done", 1.0)
+
+
+def _answer(config: AnalyseConfig, analysis: Analysis) -> list[str]:
+    """What to do, and what not to."""
+    size, name = config.batch_size, config.optimizer
+    rate, error = float(analysis.rate(size)), float(analysis.rate_error(size))
+    if not rate > 0:
+        return [analysis.reason(size)]
+    words = [f"Train {name} at η = {rate:.3g} with batches of {size} (± {error:.1g})."]
+    low, high = (float(end) for end in analysis.bracket(size))
+    if analysis.derived.signs:
+        words.append(f"{name} takes signs: its steps do not shrink, so no rate is a limit; let the rate fall to 0.")
+    elif np.isfinite(high):
+        stable = f", and one below {low:.3g} is stable" if np.isfinite(low) else ""
+        words.append(f"At these parameters a constant rate above {high:.3g} is unstable{stable}.")
+        if rate > low:
+            words.append("The rate is for a run, which moves to flatter places: warm it up over the first steps.")
+    return words
 
 
 def _of_targets(task: Task) -> list[tuple[str, Any, str]]:
@@ -232,7 +251,17 @@ def _with_runs(found: Record, runs: list[Run], analysis: Analysis, sampled: int)
     panels = [*found.panels, _loss_panel(runs), _sweep_panel(runs, found.config["optimizer"])]
     if found.config["optimizer"] in ("sgd", "momentum", "nesterov"):
         panels.append(_sharpness_panel(runs, analysis, sampling))
-    return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels)
+    answer = [*found.answer, _held_against_sweep(runs[1])] if len(runs) > 1 else found.answer
+    return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels, answer=answer)
+
+
+def _held_against_sweep(run: Run) -> str:
+    best = int(run.sweep_losses.argmin())
+    verdict = "as good within a factor of two" if run.lowest_loss < 2 * run.sweep_losses[best] else "a miss"
+    return (
+        f"A sweep of {len(run.sweep_rates)} octaves found {run.sweep_rates[best]:.3g} best, with a lowest loss of "
+        f"{run.sweep_losses[best]:.3g} where the derived rate has {run.lowest_loss:.3g}: {verdict}."
+    )
 
 
 def _sweep_panel(runs: list[Run], optimizer: str) -> Panel:

@@ -216,6 +216,8 @@ def _bar() -> Iterator[OnStage]:
 
 
 def _finish(record: Record, folder: pathlib.Path, console: Console) -> None:
+    for sentence in report.answer(record):
+        console.print(sentence, style="bold", markup=False, highlight=False)
     for table in report.tables(record):
         console.print(table)
     for claim in record.claims:

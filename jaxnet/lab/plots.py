@@ -89,30 +89,38 @@ def _draw_panel(panel: Panel, axes: "Axes") -> None:
         drawn = axes.contour(c.x, c.y, c.z, levels=_levels(np.asarray(c.z)), colors="0.7", linewidths=0.8)
         axes.clabel(drawn, fontsize=7, fmt="%.3g")
         axes.plot([], [], color="0.7", linewidth=0.8, label=c.label)
+    drawn_before: list[tuple[np.ndarray, np.ndarray]] = []
     for number, series in enumerate(panel.series):
         colour = PALETTE[(number if series.colour is None else series.colour) % len(PALETTE)]
         x, y = np.asarray(series.x), np.asarray(series.y)
+        if not np.isfinite(y).any():
+            continue
         if series.style == "bars":
             names = len(x) < 2 or x.dtype.kind == "U"
             axes.bar(x, y, width=0.8 if names else 0.8 * np.min(np.diff(x)), color=colour, label=series.label)
         else:
-            axes.plot(
-                x,
-                np.where(np.isfinite(y), y, np.nan),
-                color=colour,
-                label=series.label,
-                **STYLES[series.style],
-            )
-    for number, line in enumerate(panel.lines):
-        if not np.isfinite(line.value):
-            continue
+            style = dict(STYLES[series.style])
+            if below := sum(_coincide(panel, (x, y), other) for other in drawn_before):
+                style["linestyle"] = _beside(below)
+            axes.plot(x, np.where(np.isfinite(y), y, np.nan), color=colour, label=series.label, **style)
+            if style["linestyle"] != "none":
+                drawn_before.append((x, y))
+    lines = [line for line in panel.lines if np.isfinite(line.value)]
+    for number, line in enumerate(lines):
+        below = sum(
+            other.axis == line.axis and bool(np.isclose(other.value, line.value, 0.01)) for other in lines[:number]
+        )
         colour = "0.35" if line.colour is None else PALETTE[line.colour % len(PALETTE)]
         dash = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))[number % 4] if line.colour is None else "--"
         (axes.axvline if line.axis == "x" else axes.axhline)(
-            line.value, color=colour, linestyle=dash, linewidth=1.1, label=line.label
+            line.value, color=colour, linestyle=_beside(below) if below else dash, linewidth=1.1, label=line.label
         )
     # To set a scale, even the linear one that stands, would take the names off an axis of bars.
     scales = {f"{axis}scale": s for axis, s in (("x", panel.xscale), ("y", panel.yscale)) if s != "linear"}
+    if scales.get("xscale") == "log2":
+        del scales["xscale"]
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, **scales)
     for axis, scale, values in (
         (axes.xaxis, panel.xscale, axes.get_xlim()),
@@ -134,6 +142,22 @@ def _draw_panel(panel: Panel, axes: "Axes") -> None:
         axes.spines[side].set_visible(False)
     if labels := axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", ncols=1 + len(labels) // 8)
+
+
+def _coincide(panel: Panel, one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> bool:
+    """Whether two curves lie on one another, to a hundredth of what all of them span, in half of their points."""
+    if one[0].shape != other[0].shape or not np.array_equal(one[0], other[0]):
+        return False
+    scaled = lambda y: np.log(np.where(y > 0, y, np.nan)) if panel.yscale == "log" else np.asarray(y, float)
+    with np.errstate(invalid="ignore"):
+        spread = np.ptp(np.concatenate([y[np.isfinite(y)] for y in map(scaled, (one[1], other[1]))] or [np.zeros(1)]))
+        near = np.abs(scaled(one[1]) - scaled(other[1])) <= 0.01 * spread
+    return bool(2 * near.sum() >= np.isfinite(one[1]).sum())
+
+
+def _beside(below: int) -> tuple[int, tuple[int, int]]:
+    """Dashes in the gaps of which what lies below is seen; of a third curve they begin elsewhere."""
+    return 4 * (below - 1), (4, 4)
 
 
 def _levels(z: np.ndarray) -> np.ndarray:

@@ -56,7 +56,7 @@ class Contours:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One figure: what is drawn, against what, on which scales."""
+    """One figure: what is drawn, against what, on which scales: linear, log, or log2 for batch sizes and the like."""
 
     name: str
     title: str
@@ -138,6 +138,7 @@ class Record:
       panels: what to draw.
       rows: the lines of its table, (quantity, value, remark).
       versions: of Python and the packages.
+      answer: what a person takes away, in sentences; told first.
 
     Raises:
       ValueError: two claims have the same key.
@@ -153,6 +154,7 @@ class Record:
     panels: Sequence[Panel] = ()
     rows: Sequence[tuple[str, Any, str]] = ()
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
+    answer: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Refuse claims of the same key."""

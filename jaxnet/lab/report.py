@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import math
 import pathlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxnet.contract import UserError
 from jaxnet.lab import plots
+from jaxnet.lab._page import number, page
 from jaxnet.lab.record import Record
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def tables(record: Record) -> "list[Table]":
         )
         table.columns[1].justify = "right"
         for name, value, remark in record.rows:
-            table.add_row(escape(name), _number(value), escape(remark))
+            table.add_row(escape(name), number(value), escape(remark))
         found.append(table)
     if record.claims:
         title = None if found else escape(record.question)
@@ -46,19 +46,23 @@ def tables(record: Record) -> "list[Table]":
             column.justify = "right"
         for claim in record.claims:
             verdict = "[green]pass[/]" if claim.passed else "[bold red]MISS[/]"
-            table.add_row(claim.name, _number(claim.predicted), _number(claim.measured), claim.tolerance, verdict)
+            table.add_row(claim.name, number(claim.predicted), number(claim.measured), claim.tolerance, verdict)
         found.append(table)
     return found
 
 
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.5g}"
-    return str(value)
+def answer(record: Record) -> list[str]:
+    """What a person takes away, in sentences: the record's own, or how its claims fared."""
+    missed = [claim.name for claim in record.claims if not claim.passed]
+    if record.answer or not record.claims:
+        return list(record.answer)
+    if not missed:
+        return [f"All {len(record.claims)} claims hold." if len(record.claims) > 1 else "The claim holds."]
+    return [f"{len(missed)} of {len(record.claims)} claims do not hold: {'; '.join(missed)}."]
 
 
 def write(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
-    """``record.json`` and one PNG a panel; each file appears whole or not at all. Returns their paths.
+    """``record.json``, one PNG a panel and ``report.html``; each appears whole or not at all. Returns their paths.
 
     Raises:
       UserError: the folder cannot be written into.
@@ -68,10 +72,17 @@ def write(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _forget_figures(path)
-        partial = path.with_suffix(".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    return [path, *_write_figures(record, folder)]
+        _write_text(path, text)
+    figures = list(_write_figures(record, folder))
+    with _writing(folder):
+        _write_text(folder / "report.html", page(record, answer(record)))
+    return [path, folder / "report.html", *figures]
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 @contextlib.contextmanager

@@ -115,7 +115,18 @@ def _with_top(config: SpectrumConfig, task: Task, op: LinearOperator, where: str
         },
         rows=rows,
         panels=[values],
+        answer=_answer(pairs),
     )
+
+
+def _answer(pairs: Eigenpairs) -> list[str]:
+    largest = float(pairs.values[0])
+    if not largest > 0:
+        return [f"The Hessian's largest eigenvalue is {largest:.3g}: no curvature bounds the rate here."]
+    return [
+        f"The Hessian's largest eigenvalue is {largest:.4g}: here gradient descent is stable up to a rate of "
+        f"{2 / largest:.3g}, and on a quadratic {1 / largest:.3g} is best."
+    ]
 
 
 def _spent(words: str, pairs: Eigenpairs) -> tuple[str, int, str]:

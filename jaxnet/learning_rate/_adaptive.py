@@ -20,6 +20,7 @@ _TOLERANCE = 0.05
 _JUMP = 2.0
 
 
+@contract.result
 class ScaleBySharpnessState(NamedTuple):
     """The state of `scale_by_sharpness`.
 

@@ -18,6 +18,7 @@ from jaxnet.learning_rate._rates import NoisyCurvature, maximal, noisy_curvature
 from jaxnet.per_example import NoiseScale, check_independent, noise_scale
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Analysis:

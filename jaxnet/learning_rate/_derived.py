@@ -32,6 +32,7 @@ _STEPS, _TRIES, _BUDGET = 8, 4, 30
 _MARGIN, _POWER = 1.08, 0.25
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DerivedRates:

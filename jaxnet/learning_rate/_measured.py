@@ -27,6 +27,7 @@ _PATIENCE = 100
 _AMISS, _FEWEST = 0.2, 6
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MeasuredStability:

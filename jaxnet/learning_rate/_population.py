@@ -36,6 +36,7 @@ def one_by_one(factors: Array, u: Array) -> tuple[Array, Array]:
     return jnp.log(factors).mean(), jnp.arange(factors.size)
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MeasuredSgdStability:

@@ -18,6 +18,7 @@ from jaxnet.learning_rate._analysis import Analysis, analyse, name_of
 from jaxnet.training import TrainState, init_state, make_update, trajectory, with_rate
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RangeTest:

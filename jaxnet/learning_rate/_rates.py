@@ -87,6 +87,7 @@ def _greedy_parts(loss: Loss, params: ArrayTree, data: Any) -> tuple[Array, Arra
     return optax.tree.norm(gradient, squared=True), optax.tree.vdot(gradient, product)
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoisyCurvature:

@@ -26,6 +26,7 @@ from jaxnet.learning_rate._response import (
 )
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stability:

@@ -18,6 +18,7 @@ from jaxnet.per_example._leaves import at_once, wide
 _HELD = 2**22
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PerExampleGradients:

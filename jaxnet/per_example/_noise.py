@@ -15,6 +15,7 @@ from jaxnet.per_example._held import Held
 from jaxnet.per_example._independent import check_independent
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoiseScale:

@@ -19,6 +19,7 @@ from jaxnet.training._program import Augment, Metric, StopRule
 from jaxnet.training._update import TrainState, init_state
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
@@ -65,6 +66,7 @@ class Stopped(NamedTuple):
         }[self.reason]
 
 
+@contract.result
 class Best(NamedTuple):
     """The parameters with the lowest validation loss, the epoch after which they were seen, and that loss."""
 
@@ -73,6 +75,7 @@ class Best(NamedTuple):
     loss: float
 
 
+@contract.result
 class FitResult(NamedTuple):
     """What `fit` returns.
 
@@ -89,6 +92,7 @@ class FitResult(NamedTuple):
     best: Best | None
 
 
+@contract.result
 class FitProgress(NamedTuple):
     """What an observer is shown after each epoch: epochs done in this call and asked for, state and history so far."""
 

@@ -14,6 +14,7 @@ from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, MakeOptimizer
 
 
+@contract.result
 @dataclasses.dataclass(frozen=True, eq=False)
 class ValueFn:
     """The loss as a function of the params alone, for optimizers that are shown a part of them.

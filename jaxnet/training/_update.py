@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, check_params
 from jaxnet.training._optimizer import ValueFn, check_state, renewed, with_extra_args
 
 Metrics: TypeAlias = dict[str, Array]
 
 
+@contract.result
 class TrainState(NamedTuple):
     """What training carries from step to step.
 

@@ -42,7 +42,9 @@ def test_analyse_writes_a_record_and_figures(small):
         *("loss_against_epoch", "sharpness_along_training", "loss_against_rate", "stability_against_rate"),
         *("rate_against_batch_size", "loss_against_learning_rate"),
     )
-    assert {"record.json", *(f"{name}.png" for name in figures)} == {path.name for path in folder.iterdir()}
+    assert {"record.json", "report.html", *(f"{name}.png" for name in figures)} == {
+        path.name for path in folder.iterdir()
+    }
     found = json.loads((folder / "record.json").read_text())
     assert found["seed"] == 3
     assert found["config"]["data"] == "two-gaussians"
@@ -57,7 +59,7 @@ def test_analyse_writes_a_record_and_figures(small):
 def test_spectrum_writes_a_record_and_figures(tmp_path):
     done = jaxnet("spectrum", *SMALL, "--num-eigenvalues", 3, "--dtype", "float64", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    names = {"record.json", "top_eigenvalues.png", "sharpness_of_parts.png", "spectral_density.png"}
+    names = {"record.json", "report.html", "top_eigenvalues.png", "sharpness_of_parts.png", "spectral_density.png"}
     assert names == {path.name for path in (tmp_path / "out").iterdir()}
     found = json.loads((tmp_path / "out" / "record.json").read_text())
     values = found["measurements"]["eigenvalues"]
@@ -89,7 +91,7 @@ def test_an_out_that_is_not_empty_is_kept_unless_overwritten(small, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "record.json").read_text())["name"] == "inference"
     # The figures of the record that was replaced are gone with it.
-    assert {path.name for path in folder.iterdir()} == {"record.json", "activations.png"}
+    assert {path.name for path in folder.iterdir()} == {"record.json", "report.html", "activations.png"}
     file = tmp_path / "file"
     file.write_text("kept")
     fails("is a file; name a folder", "analyse", *SMALL, "--out", file)

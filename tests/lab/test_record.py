@@ -106,8 +106,8 @@ def test_bars():
 
 def test_written_files_are_whole(tmp_path):
     paths = report.write(RECORD, tmp_path / "new")
-    assert sorted(path.name for path in paths) == ["curve.png", "record.json"]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["curve.png", "record.json"]
+    assert sorted(path.name for path in paths) == ["curve.png", "record.json", "report.html"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["curve.png", "record.json", "report.html"]
     assert (tmp_path / "new" / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -76,6 +76,6 @@ def panel(batch_sizes: tuple[int, ...], found: dict[str, dict[str, np.ndarray]])
         xlabel="batch size B",
         ylabel="learning rate η",
         series=series,
-        xscale="log",
+        xscale="log2",
         yscale="log",
     )

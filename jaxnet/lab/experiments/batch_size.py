@@ -263,7 +263,7 @@ def _rates_panel(batch_sizes: tuple[int, ...], best: dict[int, dict[str, np.ndar
         xlabel="batch size B",
         ylabel="learning rate η",
         series=series,
-        xscale="log",
+        xscale="log2",
         yscale="log",
     )
 
@@ -277,7 +277,7 @@ def _steps_panels(
         Line("B_crit, fitted", critical["measured"], colour=1),
         Line("B_crit, predicted", critical["predicted"], colour=2),
     ]
-    common: dict[str, Any] = {"xlabel": "batch size B", "lines": lines, "xscale": "log", "yscale": "log"}
+    common: dict[str, Any] = {"xlabel": "batch size B", "lines": lines, "xscale": "log2", "yscale": "log"}
     return [
         Panel(
             name="steps",
