@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnet import data, losses, nn
-from jaxnet.contract import Array, UserError
+from jaxnet import contract, data, losses, nn
+from jaxnet.contract import Array, Loss, UserError
+from jaxnet.lab._own import of_ones_own
 from jaxnet.learning_rate import Analysis
-from jaxnet.losses import Apply, ChunkedLoss
+from jaxnet.losses import Apply
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
@@ -112,6 +113,12 @@ class TaskConfig:
     """For a file: scale each input to mean 0 and variance 1 over the training examples."""
     standardise_target: bool = False
     """For a file whose targets are numbers: scale them likewise."""
+    loss: str | None = None
+    """A loss of your own, loss(params, batch), as module:name, with --params and --batch; in place of data, model."""
+    params: str | None = None
+    """Its params as module:name, a pytree or a function without arguments that makes it."""
+    batch: str | None = None
+    """Its examples, likewise."""
     seed: int = 0
     """Of the initial parameters, the data's order and all random vectors."""
     dtype: str = "float32"
@@ -135,19 +142,19 @@ class Task:
 
     Attributes:
       loss: ``loss(params, batch)``, chunked so that large sets fit the cache and the memory.
-      apply: the network.
+      apply: the network; None of a loss of one's own.
       params: the network's initial parameters.
-      train: ``(inputs, targets)`` to train on.
+      train: ``(inputs, targets)`` to train on; of a loss of one's own, its batch.
       test: ``(inputs, targets)`` held out, or None where there are too few examples.
       labelled: whether the targets are classes, so that `accuracy` means something.
       title: what it is.
       rows: of the job's table: what was taken from the data, as what.
     """
 
-    loss: ChunkedLoss
-    apply: Apply
+    loss: Loss
+    apply: Apply | None
     params: Any
-    train: tuple[Array, Array]
+    train: Any
     test: tuple[Array, Array] | None
     labelled: bool
     title: str
@@ -159,12 +166,16 @@ class Task:
         return sum(x.size for x in jax.tree.leaves(self.params))
 
     @property
-    def sample(self) -> tuple[Array, Array]:
+    def num_examples(self) -> int:
+        """N, of those to train on."""
+        return contract.num_examples(self.train)
+
+    @property
+    def sample(self) -> Any:
         """The training examples that costly measurements take: all, or the first of many."""
-        if len(self.train[1]) <= MANY_EXAMPLES:
+        if self.num_examples <= MANY_EXAMPLES:
             return self.train
-        inputs, targets = (x[: MANY_EXAMPLES // 2] for x in self.train)
-        return inputs, targets
+        return jax.tree.map(lambda x: x[: MANY_EXAMPLES // 2], self.train)
 
 
 def make_task(config: TaskConfig, *, key: Array) -> Task:
@@ -174,6 +185,9 @@ def make_task(config: TaskConfig, *, key: Array) -> Task:
       UserError: a name is unknown, a file or package is missing, or the parts do not
         fit; in one line, with the mend.
     """
+    if config.loss or config.params or config.batch:
+        loss, params, batch = of_ones_own(loss=config.loss, params=config.params, batch=config.batch)
+        return Task(loss, None, params, batch, None, False, str(config.loss), [])
     known("model", config.model, MODELS)
     activation = ACTIVATIONS[known("activation", config.activation, ACTIVATIONS)]
     known("criterion", config.criterion, ("auto", *CRITERIA))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnet import curvature, learning_rate, losses, training
+from jaxnet import contract, curvature, learning_rate, losses, training
 from jaxnet.contract import Array, UserError, check_batch_size
 from jaxnet.lab import _panels, record
 from jaxnet.lab._task import OnStage, Task, TaskConfig, check_count, keys_of, known, make_task, rate_of
@@ -61,7 +61,7 @@ def stages(config: AnalyseConfig, on_stage: OnStage = lambda stage, share: None)
     keys = keys_of(config, 5)
     on_stage("loading data", 0.0)
     task = make_task(config, key=keys[0])
-    num_examples = len(task.train[1])
+    num_examples = task.num_examples
     check_batch_size(config.batch_size, num_examples)
     check_count("num_epochs", config.num_epochs)
     own = config.learning_rate
@@ -100,7 +100,7 @@ def stages(config: AnalyseConfig, on_stage: OnStage = lambda stage, share: None)
     ):
         share = lambda done, number=number: on_stage(f"training, {name}", 0.15 + 0.2 * (number + done))
         runs.append(_train(config, task, analysis, name, batch_size, keys[2], share))
-        with_runs = _with_runs(found, runs, analysis, len(task.sample[1]))
+        with_runs = _with_runs(found, runs, analysis, contract.num_examples(task.sample))
         yield with_runs
     found = with_runs
 
@@ -120,17 +120,20 @@ def _answer(config: AnalyseConfig, analysis: Analysis) -> list[str]:
     if analysis.derived.signs:
         words.append(f"{name} takes signs: its steps do not shrink, so no rate is a limit; let the rate fall to 0.")
     elif np.isfinite(high):
-        stable = f", and one below {low:.3g} is stable" if np.isfinite(low) else ""
-        words.append(f"At these parameters a constant rate above {high:.3g} is unstable{stable}.")
-        if rate > low:
+        between = f"between {low:.3g} and {high:.3g}" if np.isfinite(low) else f"at most {high:.3g}"
+        limit = float(analysis.limit(size))
+        words.append(f"At these parameters a constant rate is unstable from about {limit:.3g} on ({between}).")
+        if rate > limit:
             words.append("The rate is for a run, which moves to flatter places: warm it up over the first steps.")
     return words
 
 
 def _of_targets(task: Task) -> list[tuple[str, Any, str]]:
     """A warning where a network's outputs, which begin near 1, have far to go."""
+    if task.labelled or task.apply is None:
+        return []
     largest = float(np.abs(np.asarray(task.train[1], np.float64)).max())
-    if task.labelled or largest < LARGE_TARGETS:
+    if largest < LARGE_TARGETS:
         return []
     return [("largest target", largest, "far from outputs that begin near 1: pass --standardise-target, or rescale")]
 
@@ -197,7 +200,7 @@ def _train(
     history = result.history
     held_out = history.validation.get("loss", np.full(len(history.epoch), np.nan))
     accuracy = np.nan
-    if task.labelled and task.test is not None:
+    if task.labelled and task.apply is not None and task.test is not None:
         labels = (task.test[0], task.test[1])
         accuracy = float(losses.accuracy(task.apply, result.state.params, labels))
     return Run(
@@ -322,8 +325,8 @@ def _sharpness_panel(runs: list[Run], analysis: Analysis, sampling: str) -> Pane
 
 def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> Record:
     batch, value = task.sample, analysis.sharpness.value
-    n = len(batch[1])
-    if n < len(task.train[1]):
+    n = contract.num_examples(batch)
+    if n < task.num_examples:
         value = curvature.sharpness(task.loss, task.params, batch, key=keys[0], tol=1e-4).value
     make = OPTIMIZERS[found.config["optimizer"]]
     # An optimizer with second moments has no limit before they have seen gradients: gradient descent stands in for it.

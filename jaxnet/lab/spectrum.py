@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnet import curvature, learning_rate, training
+from jaxnet import contract, curvature, learning_rate, training
 from jaxnet.contract import Array, ArrayTree, UserError, check_batch_size
 from jaxnet.curvature import Eigenpairs, LinearOperator
 from jaxnet.lab import _panels, record
@@ -46,7 +46,7 @@ def stages(config: SpectrumConfig, on_stage: OnStage = lambda stage, share: None
     keys = keys_of(config, 5)
     on_stage("loading data", 0.0)
     task = make_task(config, key=keys[0])
-    check_batch_size(config.batch_size, len(task.train[1]))
+    check_batch_size(config.batch_size, task.num_examples)
     check_count("num_eigenvalues, of as many parameters", config.num_eigenvalues, highest=task.num_params)
     where = "at the initial parameters"
     params = task.params
@@ -91,7 +91,7 @@ def _with_top(config: SpectrumConfig, task: Task, op: LinearOperator, where: str
         raise UserError(f"the Hessian {where} is not finite; rescale the data, or use --dtype float64")
     # Relative to itself: after training it may be a thousandth of λ_max, and take hundreds of products.
     smallest = curvature.eigsh(op, which="SA", tol=1e-2, key=key)
-    examples = len(task.sample[1])
+    examples = contract.num_examples(task.sample)
     rows = [*task.rows]
     for i, (value, residual) in enumerate(zip(pairs.values, pairs.residual_norms, strict=True), start=1):
         rows.append((f"λ_{i}", float(value), f"residual {float(residual):.1g}"))
