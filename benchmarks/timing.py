@@ -1,6 +1,7 @@
 """Timing side by side: the contenders take turns, so that a drift of the machine meets all of them."""
 
 import dataclasses
+import datetime
 import os
 import platform
 import statistics
@@ -49,9 +50,11 @@ def finish(rows, path, panels=()):
         verdict = "" if row.kept else "  MISS"
         print(f"{row.what:{width}}  {row.ratio:8.2f}  {relation} {row.bound:5g}{verdict}")
     machine = {"platform": platform.platform(), "processors": os.cpu_count(), "device": str(jax.devices()[0])}
-    found = {"versions": versions(), "machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
+    found = {"date": datetime.date.today().isoformat(), "versions": versions(), "machine": machine}
+    found["rows"] = [dataclasses.asdict(row) for row in rows]
     if panels:
         found["panels"] = [dataclasses.asdict(panel) for panel in panels]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(found) + "\n")
     for name, figure in draw(panels).items():
         figure.savefig(path.with_name(f"{path.stem}-{name}.png"))

@@ -1,0 +1,53 @@
+"""What the site is made of besides its pages: the lecture's cells, and the benchmarks' tables from their JSON."""
+
+import json
+import pathlib
+import re
+
+from mkdocs.structure.files import File
+
+ROOT = pathlib.Path(__file__).parent.parent
+BENCHMARK = re.compile(r"<!-- benchmark (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
+
+
+def on_files(files, config):
+    """Add the lecture, which is a script."""
+    script = (ROOT / "examples" / "lecture.py").read_text()
+    files.append(File.generated(config, "tutorials/lecture.md", content=lecture(script)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """A benchmark whose numbers are kept has its table made of them; of any other the page's own stays."""
+    return BENCHMARK.sub(lambda found: kept(found[1]) or found[2], markdown)
+
+
+def lecture(script):
+    """Percent cells to a page: prose as it is, code in fences, under each cell the figure that it draws."""
+    page = []
+    for cell in re.split(r"^# %%", script, flags=re.MULTILINE)[1:]:
+        head, _, body = cell.partition("\n")
+        if "markdown" in head:
+            page.append(re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE))
+            continue
+        page.append(f"```python\n{body.strip()}\n```")
+        for name in re.findall(r'show\((?:Panel\(|\w+, )"(\w+)"', body):
+            page.append(f"![What the cell draws: {name.replace('_', ' ')}](../figures/lecture/{name}.png)")
+    return "\n\n".join(page) + "\n"
+
+
+def kept(name, folder=ROOT / "docs" / "benchmarks"):
+    """The table of a benchmark's JSON, or nothing where there is none."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    lines = ["| | bound | found |", "|---|---|---|"]
+    for row in found["rows"]:
+        met = row["ratio"] >= row["bound"] if row["at_least"] else row["ratio"] <= row["bound"]
+        ratio = f"{row['ratio']:.3g}" if met else f"**{row['ratio']:.3g}**"
+        lines.append(f"| {row['what']} | {'≥' if row['at_least'] else '≤'} {row['bound']:g} | {ratio} |")
+    machine, versions = found["machine"], found["versions"]
+    known = ", ".join(f"{package} {version}" for package, version in versions.items())
+    lines += ["", f"{found['date']}, {machine['processors']} processors, {machine['device']}, {machine['platform']}; {known}."]
+    return "\n".join(lines) + "\n"
