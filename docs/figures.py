@@ -37,7 +37,13 @@ def first():
             for seed in of_case["seeds"]:
                 derived, tuned = (min(map(float, seed["curves"]["constant"][name])) for name in ("derived", "tuned"))
                 dots.append((seed["rates"]["derived"] / best, derived / tuned))
-    left.plot(*np.transpose(dots), "o", color=PALETTE[1], markersize=4, label="derived rate, against the best rate with the same seed")
+    left.plot(
+        *np.transpose(dots),
+        "o",
+        color=PALETTE[1],
+        markersize=4,
+        label="derived rate, against the best rate with the same seed",
+    )
     left.plot([], [], color="0.75", label="a sweep")
     left.set(xscale="log", yscale="log", xlim=(1 / 64, 64), ylim=(0.5, 8))
     left.set(xlabel="learning rate / the best of the sweep", ylabel="held-out loss / that at the best rate")

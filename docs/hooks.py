@@ -49,5 +49,8 @@ def kept(name, folder=ROOT / "docs" / "benchmarks"):
         lines.append(f"| {row['what']} | {'≥' if row['at_least'] else '≤'} {row['bound']:g} | {ratio} |")
     machine, versions = found["machine"], found["versions"]
     known = ", ".join(f"{package} {version}" for package, version in versions.items())
-    lines += ["", f"{found['date']}, {machine['processors']} processors, {machine['device']}, {machine['platform']}; {known}."]
+    lines += [
+        "",
+        f"{found['date']}, {machine['processors']} processors, {machine['device']}, {machine['platform']}; {known}.",
+    ]
     return "\n".join(lines) + "\n"

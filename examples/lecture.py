@@ -1,7 +1,7 @@
 # %% [markdown]
 # # From one neuron to the largest learning rate
 #
-# Open this file as a notebook (VS Code and Jupytext read the `# %%` cells), or run it:
+# This is `examples/lecture.py`. Open it as a notebook (VS Code and Jupytext read its `# %%` cells), or run it:
 #
 #     python examples/lecture.py             # prints
 #     python examples/lecture.py figures     # and writes its figures into a folder

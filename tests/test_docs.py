@@ -29,7 +29,7 @@ def pages():
             yield pytest.param(page, id=str(page.relative_to(ROOT)), marks=dear)
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", list(pages()))
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text, space = page.read_text(), {"__name__": "__main__"}
@@ -42,11 +42,12 @@ def examples():
     """The public functions and classes whose docstrings have an example."""
     for room in ROOMS:
         for name in room.__all__:
-            if ">>>" in (inspect.getdoc(getattr(room, name)) or ""):
-                yield pytest.param(getattr(room, name), id=f"{room.__name__}.{name}")
+            documented = getattr(room, name)
+            if callable(documented) and ">>>" in (inspect.getdoc(documented) or ""):
+                yield pytest.param(documented, id=f"{room.__name__}.{name}")
 
 
-@pytest.mark.parametrize("documented", examples())
+@pytest.mark.parametrize("documented", list(examples()))
 def test_the_example_of_a_docstring_is_true(documented):
     given = {"jax": jax, "jnp": jnp, "optax": optax, **{room.__name__.rpartition(".")[2]: room for room in ROOMS}}
     test = doctest.DocTestParser().get_doctest(
