@@ -17,7 +17,7 @@ from jaxnet import curvature, data, dataset, learning_rate, losses, nn, per_exam
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = (curvature, data, dataset, learning_rate, losses, nn, per_example, training)
-DEAR = ("README.md", "batch_size.md", "language_model.md", "tour.md")
+DEAR = ("README.md", "batch_size.md", "batchnorm_dropout.md", "csv.md", "language_model.md", "tour.md")
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -63,6 +63,12 @@ def test_the_readme_is_short_and_keeps_its_commands():
     assert len(text.splitlines()) < 130
     for command in ("main", "test"):
         assert len(re.findall(rf"^<!-- {command} command -->\n```bash\npython3 .*\n```$", text, re.MULTILINE)) == 1
+
+
+def test_the_readmes_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text())
+    assert len(links) > 15
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_every_room_has_its_page_in_the_reference():
