@@ -2,15 +2,20 @@
 
 import dataclasses
 import datetime
+import io
 import os
 import platform
 import statistics
 import time
 
 import jax
+from PIL import Image
 
 from jaxnet.lab.plots import draw
 from jaxnet.lab.record import to_json, versions
+
+# Of a figure that is kept: no wider than a page, in few colours.
+WIDTH, COLOURS = 1080, 48
 
 
 @dataclasses.dataclass
@@ -57,5 +62,17 @@ def finish(rows, path, panels=()):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(found) + "\n")
     for name, figure in draw(panels).items():
-        figure.savefig(path.with_name(f"{path.stem}-{name}.png"))
+        figure.savefig(picture := io.BytesIO())
+        save_small(picture, path.with_name(f"{path.stem}-{name}.png"))
     print(f"wrote {path}")
+
+
+def save_small(picture, path):
+    """A figure as a PNG of some ten kilobytes, on white."""
+    image = Image.open(picture).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.width > WIDTH:
+        image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"wrote {path}, {path.stat().st_size / 1000:.0f} kB")

@@ -10,13 +10,12 @@ import sys
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from benchmarks import derived_rate
+from benchmarks.timing import save_small
 from jaxnet.lab.plots import PALETTE
 
 FOLDER = pathlib.Path(__file__).parent / "figures"
-WIDTH, COLOURS = 1080, 48
 NAMES = {"tuned": "best of a sweep", "derived": "derived, no sweep", "default": "default, 1e-3"}
 NAMES |= {"valley": "range test, valley", "steepest": "range test, steepest"}
 
@@ -68,21 +67,9 @@ def first():
     return picture
 
 
-def small(picture, name):
-    """On white, no wider than a page, in few colours."""
-    image = Image.open(picture).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.width > WIDTH:
-        image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)
-    path = FOLDER / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
-    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
-
-
 if __name__ == "__main__":
     if len(sys.argv) == 1:
-        small(first(), "derived_rate")
+        save_small(first(), FOLDER / "derived_rate.png")
     for argument in sys.argv[1:]:
         name, _, path = argument.partition("=")
-        small(path, name)
+        save_small(path, FOLDER / f"{name}.png")

@@ -37,20 +37,23 @@ def lecture(script):
 
 
 def kept(name, folder=ROOT / "docs" / "benchmarks"):
-    """The table of a benchmark's JSON, or nothing where there is none."""
+    """The table of a benchmark's JSON and the figures beside it, or nothing where there is none."""
     path = folder / f"{name}.json"
     if not path.exists():
         return ""
     found = json.loads(path.read_text())
     lines = ["| | bound | found |", "|---|---|---|"]
     for row in found["rows"]:
-        met = row["ratio"] >= row["bound"] if row["at_least"] else row["ratio"] <= row["bound"]
-        ratio = f"{row['ratio']:.3g}" if met else f"**{row['ratio']:.3g}**"
-        lines.append(f"| {row['what']} | {'≥' if row['at_least'] else '≤'} {row['bound']:g} | {ratio} |")
-    machine, versions = found["machine"], found["versions"]
-    known = ", ".join(f"{package} {version}" for package, version in versions.items())
+        what, ratio, bound = row["what"].replace("|", "\\|"), float(row["ratio"]), row["bound"]
+        met = ratio >= bound if row["at_least"] else ratio <= bound
+        shown = f"{ratio:.3g}" if met else f"**{ratio:.3g}**"
+        lines.append(f"| {what} | {'≥' if row['at_least'] else '≤'} {bound:g} | {shown} |")
+    machine = found["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
     lines += [
         "",
-        f"{found['date']}, {machine['processors']} processors, {machine['device']}, {machine['platform']}; {known}.",
+        f"{found['date']}, {machine['processors']} processors, {machine['device']}, {machine['platform']}; {versions}.",
     ]
+    for figure in sorted(folder.glob(f"{name}-*.png")):
+        lines += ["", f"![{figure.stem.replace('_', ' ')}](benchmarks/{figure.name})"]
     return "\n".join(lines) + "\n"

@@ -103,10 +103,12 @@ def test_a_benchmarks_table_is_made_of_its_numbers(hooks, tmp_path):
     machine = {"processors": 2, "device": "cpu", "platform": "Linux"}
     found = {"date": "2026-01-02", "versions": {"jax": "0.10"}, "machine": machine, "rows": rows}
     (tmp_path / "training.json").write_text(json.dumps(found))
+    (tmp_path / "training-steps.png").touch()
     table = hooks.kept("training", tmp_path)
     assert "| kept | ≤ 1 | 0.5 |" in table
     assert "| missed | ≥ 1 | **0.5** |" in table
     assert "2026-01-02, 2 processors, cpu, Linux; jax 0.10" in table
+    assert "](benchmarks/training-steps.png)" in table
     assert hooks.kept("curvature", tmp_path) == ""
 
 
