@@ -1,9 +1,11 @@
-"""What the site is made of besides its pages: the lecture's cells, and the benchmarks' tables from their JSON."""
+"""What the site is made of besides its pages, the lecture and the benchmarks' tables, and a look at its reference."""
 
+import importlib
 import json
 import pathlib
 import re
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -20,6 +22,16 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """A benchmark whose numbers are kept has its table made of them; of any other the page's own stays."""
     return BENCHMARK.sub(lambda found: kept(found[1]) or found[2], markdown)
+
+
+def on_post_build(config):
+    """Each public name is in the reference, or there is no site."""
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        built = (pathlib.Path(config.site_dir) / "reference" / f"{page.stem}.html").read_text()
+        for room in re.findall(r"^::: ([\w.]+)$", page.read_text(), flags=re.MULTILINE):
+            public = getattr(importlib.import_module(room), "__all__", ()) if "._" not in room else ()
+            if missing := [name for name in public if f'id="{room}.{name}"' not in built]:
+                raise PluginError(f"{page.name}: nothing on {', '.join(missing)} of {room}; has it a docstring?")
 
 
 def lecture(script):
