@@ -1,7 +1,7 @@
 # %% [markdown]
 # # From one neuron to the largest learning rate
 #
-# Open this file as a notebook (VS Code and Jupytext read the `# %%` cells), or run it:
+# This is `examples/lecture.py`. Open it as a notebook (VS Code and Jupytext read its `# %%` cells), or run it:
 #
 #     python examples/lecture.py             # prints
 #     python examples/lecture.py figures     # and writes its figures into a folder
@@ -47,7 +47,7 @@ def show(drawn, name=None):
 # %% [markdown]
 # ## A neuron
 #
-# A neuron weighs its inputs, adds them up, and squashes the sum: $O = S(w \cdot I)$ with $S(z) = 1/(1 + e^{-z})$.
+# A neuron weighs its inputs, adds them up, and squashes the sum: O = S(w·I) with S(z) = 1/(1 + e⁻ᶻ).
 
 # %%
 inputs = jnp.array([0.5, 0.9, -0.3])
@@ -81,8 +81,8 @@ print("from jaxnet:", *(f"{o:.2f}" for o in network.apply(params, inputs[None])[
 # %% [markdown]
 # ## A loss says how wrong it is
 #
-# For a quantity, half the squared error, $E = \frac12 (O - T)^2$. For a class, cross-entropy: the surprise,
-# $-\log p$, at what turned out to be true. With $\log_2$ it is counted in bits: a fair coin surprises by one.
+# For a quantity, half the squared error, E = ½(O − T)². For a class, cross-entropy: the surprise,
+# −log p, at what turned out to be true. With log₂ it is counted in bits: a fair coin surprises by one.
 
 # %%
 print(f"squared error: {losses.squared_error(output[:1], jnp.array([0.9]))[0]:.4f}")
@@ -101,7 +101,7 @@ print("from logit:", losses.sigmoid_cross_entropy(jnp.array([-200.0]), jnp.array
 # ## Whose fault is it?
 #
 # How much does the error change if one weight changes a little? For the weight from hidden neuron 1 to output 1, the
-# chain rule multiplies three slopes: $\partial E/\partial w = I \, (O - T) \, O (1 - O)$.
+# chain rule multiplies three slopes: ∂E/∂w = I (O − T) O (1 − O).
 
 # %%
 I, O, T = hidden[0], output[0], 0.9
@@ -117,8 +117,8 @@ print("by jax.grad: ", jax.grad(error)(params)[2]["kernel"][0, 0])
 
 # %% [markdown]
 # `jax.grad` is backpropagation. Every module of a network knows how to do two things: compute its outputs from its
-# inputs, and turn the gradient at its outputs into gradients at its inputs. For a linear module $O = WI$ these are
-# $\delta I = W' \delta O$ and $\delta W = \delta O \, I'$.
+# inputs, and turn the gradient at its outputs into gradients at its inputs. For a linear module O = WI these are
+# δI = W′δO and δW = δO I′.
 
 # %%
 delta_output = jnp.array([1.0, -2.0])
@@ -130,11 +130,11 @@ print("δW agrees:", jnp.allclose(delta_weights, jnp.outer(delta_output, hidden)
 # %% [markdown]
 # ## Down the slope: one dimension
 #
-# Gradient descent takes a step against the gradient, $\omega \leftarrow \omega - \eta \, \partial E/\partial\omega$.
+# Gradient descent takes a step against the gradient, ω ← ω − η ∂E/∂ω.
 # How long a step? On a parabola the slope falls to zero after a step of just
-# $\eta_{opt} = (\partial^2 E/\partial\omega^2)^{-1}$. In general a step multiplies the distance from the minimum by
-# $1 - \eta/\eta_{opt}$, so there are four regimes: creep, jump there, swing, fly apart. The border is
-# $\eta_{max} = 2\eta_{opt}$.
+# η_opt = (∂²E/∂ω²)⁻¹. In general a step multiplies the distance from the minimum by
+# 1 − η/η_opt, so there are four regimes: creep, jump there, swing, fly apart. The border is
+# η_max = 2η_opt.
 
 # %%
 parabola = lambda w: 1.6 * w**2
@@ -160,11 +160,11 @@ show(Panel("one_dimension", "Distance from the minimum at five rates", "step", "
 # %% [markdown]
 # ## Many dimensions: the steepest direction sets the limit
 #
-# With many weights the second derivatives form a matrix, the Hessian $H$. Along each of its eigenvectors gradient
-# descent is one-dimensional, with the eigenvalue $\lambda$ as second derivative. All directions share one rate, so the
-# largest eigenvalue decides: $\eta_{max} = 2/\lambda_{max}$.
+# With many weights the second derivatives form a matrix, the Hessian H. Along each of its eigenvectors gradient
+# descent is one-dimensional, with the eigenvalue λ as second derivative. All directions share one rate, so the
+# largest eigenvalue decides: η_max = 2/λ_max.
 #
-# Our data: two classes of 50 points around ±(.4, .8), targets ±1, and one linear neuron, $y = w \cdot x$.
+# Our data: two classes of 50 points around ±(.4, .8), targets ±1, and one linear neuron, y = w·x.
 
 # %%
 points = data.two_gaussians_exact()
@@ -182,8 +182,8 @@ print("eigenvalues of H:", np.round(jnp.linalg.eigvalsh(H), 4))
 print(f"η_max = 2/.84 = {learning_rate.maximal(0.84):.2f}")
 
 # %% [markdown]
-# A network has too many weights to write $H$ down. Products $Hv$ are cheap, about two gradients each, and a dozen of
-# them are enough to find $\lambda_{max}$ by Lanczos' method. That is what `sharpness` does.
+# A network has too many weights to write H down. Products Hv are cheap, about two gradients each, and a dozen of
+# them are enough to find λ_max by Lanczos' method. That is what `sharpness` does.
 
 # %%
 sharp = curvature.sharpness(weights_only, start, points, key=key)
@@ -199,7 +199,7 @@ for rate in (2.3, 2.45):
     print(f"η = {rate}: E from {run.history.loss[0]:.3g} to {run.history.loss[-1]:.3g}")
 
 # %% [markdown]
-# Give the neuron a bias, $y = w \cdot x + b$, and there is a third direction, of curvature 1, the mean of $1^2$. Now
+# Give the neuron a bias, y = w·x + b, and there is a third direction, of curvature 1, the mean of 1². Now
 # that one is the steepest, and the limit is 2. The rate 2.2 tells the two apart.
 
 # %%
@@ -266,7 +266,7 @@ show(Panel("paths", "Batch descent swings across the valley", "weight w₁", "we
 # %% [markdown]
 # ## A real network
 #
-# Handwritten digits, 8 × 8 pixels, and a network of 26 122 weights. The recipe is the same: a loss, $\lambda_{max}$ of
+# Handwritten digits, 8 × 8 pixels, and a network of 26 122 weights. The recipe is the same: a loss, λ_max of
 # its Hessian, the rates that follow. `analyse` does it in one call, and looks at the gradient's noise too.
 
 # %%
@@ -301,7 +301,7 @@ show(Panel("plain_training", title, "learning rate η", "loss", series, lines, x
 # ## Small batches need smaller rates
 #
 # The gradient of a small batch is the whole gradient and noise. How much noise, the gradients of the single examples
-# tell. Curvature sees the noise as well as the signal, so the rate must fall: $\eta(B) = \epsilon/(1 + B_{noise}/B)$.
+# tell. Curvature sees the noise as well as the signal, so the rate must fall: η(B) = ε/(1 + B_noise/B).
 
 # %%
 norms = per_example.gradients(loss, params, digits).norms()
@@ -335,11 +335,11 @@ show(swept, "range_test")
 # %% [markdown]
 # ## What to take home
 #
-# - The loss has a curvature, and it bounds the rate: $\eta_{max} = 2/\lambda_{max}$. In one dimension half is best.
+# - The loss has a curvature, and it bounds the rate: η_max = 2/λ_max. In one dimension half is best.
 # - Everything counts that learns: a bias moved the limit from 2.38 to 2.
-# - Small batches pay with noise; $\eta(B)$ says how much.
-# - All of it is computed at one point. Training moves on, and $\lambda_{max}$ with it: see `curvature.track`, and
+# - Small batches pay with noise; η(B) says how much.
+# - All of it is computed at one point. Training moves on, and λ_max with it: see `curvature.track`, and
 #   `learning_rate.sharpness_sgd`, an optimizer that follows it.
 #
 # Try it: centre the digits or not (`data.digits(centre=False)`), make the network deeper, exchange `jnp.tanh`. Guess
-# first what it does to $\lambda_{max}$.
+# first what it does to λ_max.

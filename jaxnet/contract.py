@@ -22,8 +22,11 @@ import numpy as np
 import optax
 
 Array: TypeAlias = jax.Array
+"""An array of JAX."""
 ArrayTree: TypeAlias = chex.ArrayTree
+"""A pytree of arrays: params, gradients, vectors like them, batches."""
 Loss: TypeAlias = Callable[[Any, Any], Array]
+"""``loss(params, batch) -> scalar``, a mean over the batch's examples."""
 MakeOptimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
 """A function of the learning rate, such as `optax.sgd`."""
 

@@ -76,6 +76,10 @@ def squared_error(output: Array, target: Array) -> Array:
 
     Raises:
       ValueError: the shapes differ.
+
+    Examples:
+      >>> print(losses.squared_error(jnp.array([[1.0, 2.0], [0.0, 1.0]]), jnp.zeros((2, 2))))
+      [2.5 0.5]
     """
     _same_shape("squared_error", output, target)
     return _sum_of_example(optax.losses.l2_loss(output, target))
@@ -94,6 +98,10 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
 
     Raises:
       ValueError: the shapes do not fit, or integer labels have the logits' shape.
+
+    Examples:
+      >>> print(losses.softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([0])))
+      [0.6931472]
     """
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     if jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == bool:
@@ -168,6 +176,13 @@ def mean_loss(apply: Apply, criterion: Criterion) -> MeanLoss:
 
     Returns:
       A frozen, hashable callable that keeps its two parts as ``.apply`` and ``.criterion``.
+
+    Examples:
+      >>> model = nn.linear_neuron()
+      >>> loss = losses.mean_loss(model.apply, losses.squared_error)
+      >>> params = {"kernel": jnp.zeros((2, 1)), "bias": jnp.zeros(1)}
+      >>> print(loss(params, data.two_gaussians_exact()))  # targets are ±1
+      0.5
     """
     return MeanLoss(hashable(apply), hashable(criterion))
 

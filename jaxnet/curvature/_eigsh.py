@@ -51,6 +51,12 @@ def eigsh(
 
     Reference:
       Parlett, "The Symmetric Eigenvalue Problem", 1998, sections 11.7 and 13.2.
+
+    Examples:
+      >>> loss = lambda w, batch: losses.squared_error(batch[0] @ w, batch[1]).mean()
+      >>> op = curvature.hessian(loss, jnp.zeros(2), data.two_gaussians_exact())
+      >>> print(curvature.eigsh(op, 2, key=jax.random.key(0)).values.round(2))
+      [0.84 0.04]
     """
     contract.check_tolerance(tol)
     return _eigsh(Eigensolver(op.space, k, which, max_matvecs, ncv, v0 is not None), op, v0, key, tol)

@@ -24,8 +24,10 @@ from jaxnet.curvature import _lanczos
 from jaxnet.curvature._operators import LinearOperator, check_deterministic, flattened
 from jaxnet.curvature._search import ROUNDING, values_of
 
-# Vectors that are followed; vectors kept at most; the share of a random one in the last of the starts.
-LEADING, _ROOM, _BLEND = 3, 8, 0.03
+LEADING = 3
+"""How many vectors are followed from check to check."""
+# Vectors kept at most; the share of a random one in the last of the starts.
+_ROOM, _BLEND = 8, 0.03
 # An eigenvalue's error is about the residual's square over the gap. But the gap is to what has been seen: so the
 # residual is to be within so many tolerances, and within a share of the eigenvalue.
 _TIMES, _SHARE = 3.0, 0.05

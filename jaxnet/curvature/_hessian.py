@@ -32,6 +32,13 @@ def hessian(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
 
     Reference:
       Pearlmutter, "Fast Exact Multiplication by the Hessian", Neural Computation 1994, eq. 2.
+
+    Examples:
+      >>> loss = lambda w, batch: losses.squared_error(batch[0] @ w, batch[1]).mean()
+      >>> op = curvature.hessian(loss, jnp.zeros(2), data.two_gaussians_exact())
+      >>> first = op @ jnp.array([1.0, 0.0])
+      >>> print(f"{first[0]:.2f} {first[1]:.2f}")
+      0.20 0.32
     """
     return over_examples(_HessianProduct(loss), loss, params, batch)
 

@@ -96,6 +96,12 @@ def sharpness(
     Reference:
       LeCun, Simard & Pearlmutter, "Automatic Learning Rate Maximization by On-Line Estimation of the Hessian's
       Eigenvectors", NIPS 1992; the bound: van Dorsselaer, Hochstenbach & van der Vorst, SIMAX 2000, theorem 3.1.
+
+    Examples:
+      >>> loss = lambda w, batch: losses.squared_error(batch[0] @ w, batch[1]).mean()
+      >>> sharp = curvature.sharpness(loss, jnp.zeros(2), data.two_gaussians_exact(), key=jax.random.key(0))
+      >>> print(f"λ_max = {sharp.value:.2f}, so gradient descent is stable below {2 / sharp.value:.2f}")
+      λ_max = 0.84, so gradient descent is stable below 2.38
     """
     if not 0 < failure_probability < 1:
         raise ValueError(f"failure_probability: expected a number in (0, 1), got {failure_probability}")

@@ -26,6 +26,10 @@ def optimal(largest: Array | float, smallest: Array | float | None = None) -> Ar
 
     Reference:
       LeCun et al., "Efficient BackProp", 1998, eqs. 21 and 33.
+
+    Examples:
+      >>> print(learning_rate.optimal(4.0), learning_rate.optimal(4.0, smallest=1.0))
+      0.25 0.4
     """
     curvature = jnp.asarray(largest) if smallest is None else (jnp.asarray(largest) + smallest) / 2
     return _inverse(curvature)
@@ -49,6 +53,10 @@ def maximal(sharpness: Array | float, *, momentum: float = 0.0, nesterov: bool =
 
     Reference:
       Cohen et al., "Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability", 2021, eq. 1.
+
+    Examples:
+      >>> print(learning_rate.maximal(4.0), f"{learning_rate.maximal(4.0, momentum=0.9):.2f}")
+      0.5 0.95
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
@@ -195,6 +203,10 @@ def for_batch_size(
 
     Reference:
       McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, eq. 2.6.
+
+    Examples:
+      >>> print(learning_rate.for_batch_size(1.0, 24.0, jnp.array([1, 8, 24])))
+      [0.04 0.25 0.5 ]
     """
     noise_scale, size = jnp.asarray(noise_scale), jnp.asarray(batch_size)
     share = 1 / size

@@ -26,6 +26,11 @@ def mlp(features: Sequence[int], *, activation: Callable[[Array], Array] = jnp.t
 
     Raises:
       ValueError: there is no layer, or a width is not positive.
+
+    Examples:
+      >>> params = nn.mlp([32, 10]).init(jax.random.key(0), (64,))
+      >>> [x.shape for x in jax.tree.leaves(params)]
+      [(32,), (64, 32), (10,), (32, 10)]
     """
     if not features:
         raise ValueError("mlp: expected at least one width, got none")

@@ -251,6 +251,12 @@ def gradients(loss: Loss, params: ArrayTree, batch: Any) -> PerExampleGradients:
 
     Raises:
       TypeError, ValueError: the arguments do not fit the contract.
+
+    Examples:
+      >>> loss = lambda w, batch: losses.squared_error(batch[0] @ w, batch[1]).mean()
+      >>> grads = per_example.gradients(loss, jnp.zeros(2), (jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.ones(2)))
+      >>> print(grads.norms(), grads.mean())
+      [5. 1.] [-1.5 -2.5]
     """
     contract.check_params(params)
     params, batch = jax.tree.map(jnp.asarray, params), dataset.of(batch)

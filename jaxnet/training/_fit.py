@@ -156,6 +156,15 @@ def fit(
 
     Reference:
       LeCun et al., "Efficient BackProp", 1998, sections 4.1 and 4.2.
+
+    Examples:
+      >>> loss = lambda w, batch: losses.squared_error(batch[0] @ w, batch[1]).mean()
+      >>> run = training.fit(
+      ...     loss, jnp.zeros(2), data.two_gaussians_exact(), optax.sgd,
+      ...     learning_rate=1.0, batch_size=None, num_epochs=20, key=jax.random.key(0),
+      ... )  # fmt: skip
+      >>> print(run.stopped)
+      ran all its epochs, to step 20
     """
     data, validation = dataset.of(data), dataset.of(validation)
     program = _make_program(loss, data, make_optimizer, learning_rate, batch_size, num_epochs, order, augment, metrics)
