@@ -263,6 +263,8 @@ EXTRAS = {
     "table": ("pandas",),
     "data": ("mnist1d", "mlxtend"),
     "stochastic": ("matfree",),
+    "checkpoint": ("orbax",),
+    "tensorboard": ("tensorboardX",),
 }
 
 
