@@ -27,7 +27,7 @@ ROOMS = ["jaxnet", *(f"jaxnet.{room}" for floor in FLOORS[1:-1] for room in sort
 LAB = [
     {"record"},
     {"_task", "_panels"},
-    {"plots"},
+    {"plots", "_runs"},
     {"report"},
     {"experiments", "analyse", "spectrum"},
     {"cli"},

@@ -63,6 +63,15 @@ def write(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
     Raises:
       UserError: the folder cannot be written into.
     """
+    return [write_record(record, folder), *_write_figures(record, folder)]
+
+
+def write_record(record: Record, folder: pathlib.Path) -> pathlib.Path:
+    """``record.json`` alone, whole or not at all; the figures of the record that it replaces go.
+
+    Raises:
+      UserError: the folder cannot be written into.
+    """
     path = folder / "record.json"
     text = record.to_json() + "\n"
     with _writing(folder):
@@ -71,7 +80,22 @@ def write(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
         partial = path.with_suffix(".partial")
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
-    return [path, *_write_figures(record, folder)]
+    return path
+
+
+def read_record(folder: pathlib.Path) -> Record | None:
+    """The record of a job that was broken off, or None where it left none.
+
+    Raises:
+      UserError: what lies in its place cannot be read.
+    """
+    path = folder / "record.json"
+    if not path.exists():
+        return None
+    try:
+        return Record.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be gone on with, {error}; start anew with --overwrite") from error
 
 
 @contextlib.contextmanager
