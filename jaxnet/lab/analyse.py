@@ -72,7 +72,7 @@ def stages(
     if own is not None and not float(limits.tiny) <= own <= float(limits.max):
         raise UserError(f"learning_rate: expected positive and finite in {config.dtype}, got {own}")
     if begun is None:
-        on_stage("λ_max and the gradient's noise", 0.05)
+        on_stage("λ_max and the gradient's noise", 0.03)
         begun = _analysed(config, task, keys[1])
     else:
         _check_same_job(begun, config, task)
@@ -88,8 +88,9 @@ def stages(
             continue
         derived = checked_rate(_at(found, "recommended", batch_size), batch_size)
         rate = own if own is not None and batch_size is None else derived
-        words, begins = f"training, {name}", 0.15 + 0.2 * number
-        share: Callable[[float], None] = lambda done: on_stage(words, begins + 0.2 * done)
+        # Of the default job, the analysis takes half; of a run, its sweep more than the training before it.
+        words, begins = f"training, {name}", 0.5 + 0.12 * number
+        share: Callable[[float], None] = lambda done: on_stage(words, begins + 0.05 * done)
         run = _runs.train(
             task, name, OPTIMIZERS[config.optimizer], batch_size,
             derived=derived, rate=rate, num_epochs=config.num_epochs, key=keys[2], share=share,
@@ -97,7 +98,7 @@ def stages(
         yield (found := _as_read(_runs.with_run(found, run, len(task.sample[1]), _limit_by_sharpness(found))))
 
     if "ladder" not in found.measurements:
-        on_stage("ladder of rates", 0.8)
+        on_stage("ladder of rates", 0.86)
         yield _with_ladder(found, task, keys[3:])
     on_stage("done", 1.0)
 

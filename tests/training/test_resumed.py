@@ -1,6 +1,8 @@
 """Runs that are killed, in a real second process, and go on."""
 
 import json
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -90,3 +92,16 @@ def test_a_run_that_is_killed_and_resumed_is_the_same_run(num_epochs, delays, tm
     expected = whole(tmp_path / "whole", num_epochs)
     killed_and_resumed(tmp_path / "killed", num_epochs, delays)
     check_the_same_end(tmp_path / "killed", expected)
+
+
+def test_the_page_on_checkpoints_runs_twice(tmp_path, monkeypatch):
+    page = pathlib.Path(__file__).parents[2] / "docs" / "checkpoints.md"
+    (program,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    first, second = {}, {}
+    exec(program, first)
+    exec(program.replace("num_epochs=6", "num_epochs=8"), second)
+    assert first["result"].stopped.epoch == 6
+    assert second["result"].history.epoch.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    np.testing.assert_array_equal(second["result"].history.loss[:6], first["result"].history.loss)
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 8
