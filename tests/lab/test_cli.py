@@ -1,5 +1,6 @@
 """The command line, as a process."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from rich.progress import Progress
 
 from jaxnet import contract, data, training
-from jaxnet.lab import cli, experiments, plots, report
+from jaxnet.lab import analyse, cli, experiments, plots, record, report
 
 COMMAND = [sys.executable, "-m", "jaxnet"]
 
@@ -82,6 +83,24 @@ def test_the_linear_neuron_is_predicted_and_measured(small):
     assert high > found["rates"]["maximal"] * 0.999
 
 
+def test_a_job_goes_on_from_what_it_had(small):
+    """The last stage, in another process than the stages before."""
+    path = small[1] / "record.json"
+    whole = record.Record.from_json(path.read_text())
+    measured = {name: value for name, value in whole.measurements.items() if name != "ladder"}
+    panels = [panel for panel in whole.panels if panel.name not in ("loss_against_rate", "stability_against_rate")]
+    begun = dataclasses.replace(
+        whole, measurements=measured, claims=whole.claims[1:], rows=whole.rows[:-2], panels=panels
+    )
+    config = analyse.AnalyseConfig(data="two-gaussians", model="linear", num_epochs=4, batch_size=10, seed=3)
+    grown = list(analyse.stages(config, begun=begun))
+    assert len(grown) == 2
+    assert grown[-1].to_json() + "\n" == path.read_text()
+    (done,) = analyse.stages(config, begun=grown[-1])
+    assert done.to_json() == grown[-1].to_json()
+
+
+@pytest.mark.slow
 def test_a_job_that_is_killed_and_resumed_leaves_the_same_record(small, tmp_path):
     arguments = ["analyse", *map(str, SMALL), "--seed", "3", "--out", str(tmp_path / "out")]
     process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
