@@ -137,8 +137,10 @@ def _is_key(leaf: Any) -> bool:
 def _plain(leaf: Any) -> Any:
     """The leaf as an array that Orbax takes."""
     if _is_key(leaf):
-        return jax.random.key_data(leaf)
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        return np.asarray(jax.random.key_data(leaf))
+    # Of several processes, each has an array of its own where it is on no mesh; Orbax takes that as NumPy's alone.
+    shared = isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
+    return leaf if shared else np.asarray(leaf)
 
 
 def _said(name: str, leaf: Any) -> list[Any]:
