@@ -139,7 +139,7 @@ class Progress(Protocol):
 
     @property
     def epoch(self) -> int:
-        """Epochs done in this call."""
+        """Epochs done, counted from the first of the run."""
 
     @property
     def state(self) -> Any:
@@ -147,7 +147,10 @@ class Progress(Protocol):
 
 
 class Observer(Protocol):
-    """Called after each epoch, outside the compiled program."""
+    """Called after each epoch, outside the compiled program.
+
+    One that is a context manager too is entered before the first epoch, and left with the run, however that ends.
+    """
 
     def __call__(self, progress: Any, /) -> None:
         """Look at a `Progress`."""

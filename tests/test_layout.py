@@ -28,7 +28,7 @@ LAB = [
     {"record"},
     {"_own"},
     {"_task", "_panels"},
-    {"plots"},
+    {"plots", "_runs"},
     {"_page"},
     {"report"},
     {"experiments", "analyse", "spectrum"},
@@ -37,7 +37,7 @@ LAB = [
 ]
 LAB_FLOOR = {module: floor for floor, modules in enumerate(LAB) for module in modules}
 # What an extra brings is imported inside the one function that needs it; these are the library's.
-EXTRAS_IN_FUNCTIONS = {"sklearn", "mnist1d", "mlxtend", "matfree", "pandas"}
+EXTRAS_IN_FUNCTIONS = {"sklearn", "mnist1d", "mlxtend", "matfree", "pandas", "orbax", "tensorboardX"}
 LOADED_AT_IMPORT = {"jax", "jaxnet", "optax", "chex", "numpy", "scipy"}
 
 

@@ -73,7 +73,7 @@ class TrackObserver:
     """An observer of `jaxnet.training.fit`.
 
     Attributes:
-      epochs: of each check, 0 first.
+      epochs: of each check; the first is that before the run.
       checks: a `Sharpness` for each.
     """
 
@@ -84,6 +84,8 @@ class TrackObserver:
 
     def __call__(self, progress: Progress) -> None:
         """Called after each epoch."""
+        if not int(self._track.num_updates):
+            self.epochs[0] = progress.epoch - 1
         before = int(self._track.num_checks)
         self._track = self._tracker.update(self._track, progress.state.params)
         if int(self._track.num_checks) > before:

@@ -75,7 +75,15 @@ def rate_of(analysis: Analysis, batch_size: int | None) -> float:
     Raises:
       UserError: none follows from the data: λ_max is so small that its inverse overflows, or there is no gradient.
     """
-    rate = float(analysis.rate(batch_size))
+    return checked_rate(float(analysis.rate(batch_size)), batch_size)
+
+
+def checked_rate(rate: float, batch_size: int | None) -> float:
+    """The rate that was derived for batches of B, if one can train at it.
+
+    Raises:
+      UserError: as `rate_of`.
+    """
     if not 0 < rate < np.inf:
         batch = "the full batch" if batch_size is None else f"B = {batch_size}"
         raise UserError(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnet import contract, curvature, learning_rate, losses, training
+from jaxnet import contract, curvature, learning_rate
 from jaxnet.contract import Array, UserError, check_batch_size
-from jaxnet.lab import _panels, record
-from jaxnet.lab._task import OnStage, Task, TaskConfig, check_count, keys_of, known, make_task, rate_of
-from jaxnet.lab.record import Claim, Line, Panel, Record, Series
+from jaxnet.lab import _panels, _runs, record
+from jaxnet.lab._task import OnStage, Task, TaskConfig, check_count, checked_rate, keys_of, known, make_task
+from jaxnet.lab.record import Claim, Record
 from jaxnet.learning_rate import Analysis, MeasuredStability
 
 MOMENTUM = 0.9
@@ -31,8 +33,6 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
 }
 # Targets of this size are out of reach for a few epochs.
 LARGE_TARGETS = 100.0
-# Rates of the sweep that a run is held against, in units of its own.
-OCTAVES = 2.0 ** np.arange(-4, 4)
 # Rates of the ladder, in units of the predicted limit: from .35 to 8, closer together around 1.
 STEPS_OF_LADDER = 2.0 ** np.unique(np.concatenate([np.arange(-1.5, 3.01, 0.25), np.arange(-0.5, 0.51, 0.125)]))
 
@@ -51,62 +51,123 @@ class AnalyseConfig(TaskConfig):
     """Epochs of each of the three runs: equal numbers of example gradients."""
 
 
-def stages(config: AnalyseConfig, on_stage: OnStage = lambda stage, share: None) -> Iterator[Record]:
+def stages(
+    config: AnalyseConfig, on_stage: OnStage = lambda stage, share: None, begun: Record | None = None
+) -> Iterator[Record]:
     """The job's record, growing: one yield after each stage, so that an interrupted job keeps what it has.
 
+    Each stage is a function of the task and of the record so far, as JSON has it; so a job that goes on from ``begun``,
+    the record of one that was broken off, leaves the same record as one that was not.
+
     Raises:
-      UserError: before the first yield, if the configuration does not hold together.
+      UserError: before the first yield, if the configuration does not hold together, or ``begun`` is of another job.
     """
     known("optimizer", config.optimizer, OPTIMIZERS)
     keys = keys_of(config, 5)
     on_stage("loading data", 0.0)
     task = make_task(config, key=keys[0])
-    num_examples = task.num_examples
-    check_batch_size(config.batch_size, num_examples)
+    check_batch_size(config.batch_size, task.num_examples)
     check_count("num_epochs", config.num_epochs)
     own = config.learning_rate
     limits = np.finfo(config.dtype)
     if own is not None and not float(limits.tiny) <= own <= float(limits.max):
         raise UserError(f"learning_rate: expected positive and finite in {config.dtype}, got {own}")
-    on_stage("λ_max and the gradient's noise", 0.05)
+    if begun is None:
+        on_stage("λ_max and the gradient's noise", 0.03)
+        begun = _analysed(config, task, keys[1])
+    else:
+        _check_same_job(begun, config, task)
+    yield (found := _as_read(begun))
+
+    names = {
+        "full batch": None,
+        f"mini-batch, B = {config.batch_size}": config.batch_size,
+        "stochastic, B = 1": 1,
+    }
+    for number, (name, batch_size) in enumerate(names.items()):
+        if number < len(found.measurements["runs"]):
+            continue
+        derived = checked_rate(_at(found, "recommended", batch_size), batch_size)
+        rate = own if own is not None and batch_size is None else derived
+        # Of the default job, the analysis takes half; of a run, its sweep more than the training before it.
+        words, begins = f"training, {name}", 0.5 + 0.12 * number
+        share: Callable[[float], None] = lambda done: on_stage(words, begins + 0.05 * done)
+        run = _runs.train(
+            task, name, OPTIMIZERS[config.optimizer], batch_size,
+            derived=derived, rate=rate, num_epochs=config.num_epochs, key=keys[2], share=share,
+        )  # fmt: skip
+        yield (
+            found := _as_read(
+                _runs.with_run(found, run, contract.num_examples(task.sample), _limit_by_sharpness(found))
+            )
+        )
+
+    if "ladder" not in found.measurements:
+        on_stage("ladder of rates", 0.86)
+        yield _with_ladder(found, task, keys[3:])
+    on_stage("done", 1.0)
+
+
+def _as_read(found: Record) -> Record:
+    """A record as JSON has it: what follows sees the same whether or not the job was broken off in between."""
+    return Record.from_json(found.to_json())
+
+
+def _analysed(config: AnalyseConfig, task: Task, key: Array) -> Record:
+    n = task.num_examples
     analysis = learning_rate.analyse(
         task.loss,
         task.params,
         task.train,
-        key=keys[1],
+        key=key,
         make_optimizer=OPTIMIZERS[config.optimizer],
-        batch_sizes=sorted({1, config.batch_size, num_examples}),
+        batch_sizes=sorted({1, config.batch_size, n}),
     )
-    found = Record(
+    return Record(
         name="analyse",
-        question=f"What should the learning rate be? {task.title}, {task.num_params} parameters, N = {num_examples}",
+        question=f"What should the learning rate be? {task.title}, {task.num_params} parameters, N = {n}",
         config=dataclasses.asdict(config),
         seed=config.seed,
         dtype=str(jnp.result_type(*jax.tree.leaves(task.params))),
-        measurements=analysis.to_dict(),
+        measurements={**analysis.to_dict(), "runs": [], "data": _digest(task)},
         rows=[*task.rows, *_of_targets(task), *analysis.rows(), *_of_own_rate(config, analysis)],
         panels=_panels.of_analysis(analysis),
         answer=_answer(config, analysis),
     )
-    yield found
 
-    runs: list[Run] = []
-    for number, (name, batch_size) in enumerate(
-        [
-            ("full batch", None),
-            (f"mini-batch, B = {config.batch_size}", config.batch_size),
-            ("stochastic, B = 1", 1),
-        ]
+
+def _digest(task: Task) -> str:
+    """Of the examples: a file may have changed while a job lay still."""
+    leaves = jax.tree.leaves((task.train, task.test))
+    return hashlib.blake2b(b"".join(np.asarray(x).tobytes() for x in leaves), digest_size=16).hexdigest()
+
+
+def _check_same_job(begun: Record, config: AnalyseConfig, task: Task) -> None:
+    """Raise a `UserError` unless a record that was begun is this job's."""
+    anew = "; start anew with --overwrite"
+    if begun.name != "analyse":
+        raise UserError(f"resume: the record there is of {begun.name}{anew}")
+    plain = lambda value: json.loads(record.to_json(value))
+    for kind, then, now in (
+        ("--", plain(begun.config), plain(dataclasses.asdict(config))),
+        ("", begun.versions, record.versions()),
+        ("", {"data": begun.measurements.get("data")}, {"data": _digest(task)}),
     ):
-        share = lambda done, number=number: on_stage(f"training, {name}", 0.15 + 0.2 * (number + done))
-        runs.append(_train(config, task, analysis, name, batch_size, keys[2], share))
-        with_runs = _with_runs(found, runs, analysis, contract.num_examples(task.sample))
-        yield with_runs
-    found = with_runs
+        for name in now:
+            if then.get(name) != now[name]:
+                option = f"{kind}{name.replace('_', '-')}" if kind else name
+                raise UserError(f"resume: the job was begun with {option} {then.get(name)}, now {now[name]}{anew}")
 
-    on_stage("ladder of rates", 0.8)
-    yield _with_ladder(found, task, analysis, keys[3:])
-    on_stage("done", 1.0)
+
+def _at(found: Record, name: str, batch_size: int | None) -> float:
+    """What was derived for batches of B; None is the full batch, the largest."""
+    sizes = found.measurements["batch_sizes"]
+    return float(found.measurements[name][sizes.index(batch_size) if batch_size else -1])
+
+
+def _limit_by_sharpness(found: Record) -> float:
+    """Without second moments the limit is c/λ_max; this is c."""
+    return _at(found, "limits", None) * float(found.measurements["sharpness"]["value"])
 
 
 def _answer(config: AnalyseConfig, analysis: Analysis) -> list[str]:
@@ -145,186 +206,8 @@ def _of_own_rate(config: AnalyseConfig, analysis: Analysis) -> list[tuple[str, A
     return [("your η, full batch", rate, f"stable here? {analysis.is_stable(rate)}")]
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One of the three runs, with λ_max along it; entries from epoch 0 on."""
-
-    name: str
-    batch_size: int | None
-    rate: float
-    epoch: np.ndarray
-    loss: np.ndarray
-    test_loss: np.ndarray
-    accuracy: float
-    sharpness: np.ndarray
-    num_matvecs: np.ndarray
-    stopped: str
-    diverged: bool
-    sweep_rates: np.ndarray
-    sweep_losses: np.ndarray
-    lowest_loss: float
-
-
-def _train(
-    config: AnalyseConfig,
-    task: Task,
-    analysis: Analysis,
-    name: str,
-    batch_size: int | None,
-    key: Array,
-    share: Callable[[float], None],
-) -> Run:
-    rate = rate_of(analysis, batch_size)
-    if batch_size is None and config.learning_rate is not None:
-        rate = config.learning_rate
-    followed = curvature.track(task.loss, task.sample, key=key).observer(task.params)
-
-    given = (task.loss, task.params, task.train, OPTIMIZERS[config.optimizer])
-    how: dict[str, Any] = {
-        "batch_size": batch_size,
-        "num_epochs": config.num_epochs,
-        "key": key,
-        "validation": task.test,
-        "metrics": {"loss": task.loss},
-    }
-    result = training.fit(
-        *given,
-        learning_rate=rate,
-        **how,
-        observers=[followed, lambda progress: share(progress.epoch / progress.num_epochs)],
-    )
-    # The derived rate's neighbours, whatever this run was told to take.
-    rates = rate_of(analysis, batch_size) * OCTAVES
-    swept = training.sweep(*given, learning_rates=rates, **how)
-    first = lambda batch: float(task.loss(task.params, batch)) if batch is not None else np.nan
-    history = result.history
-    held_out = history.validation.get("loss", np.full(len(history.epoch), np.nan))
-    accuracy = np.nan
-    if task.labelled and task.apply is not None and task.test is not None:
-        labels = (task.test[0], task.test[1])
-        accuracy = float(losses.accuracy(task.apply, result.state.params, labels))
-    return Run(
-        name=name,
-        batch_size=batch_size,
-        rate=rate,
-        epoch=np.append(0, history.epoch),
-        loss=np.append(first(task.train), history.metrics["loss"]),
-        test_loss=np.append(first(task.test), held_out),
-        accuracy=accuracy,
-        sharpness=np.array([float(check.value) for check in followed.checks]),
-        num_matvecs=np.array([int(check.num_matvecs) for check in followed.checks]),
-        stopped=str(result.stopped),
-        diverged=result.stopped.reason == "diverged" or not np.isfinite(history.metrics["loss"][-1]),
-        sweep_rates=rates,
-        sweep_losses=np.array([_lowest(run.history) for run in swept]),
-        lowest_loss=_lowest(history),
-    )
-
-
-def _lowest(history: training.History) -> float:
-    """After any epoch, on held-out data where there are any; inf where none is finite."""
-    losses_along = history.validation.get("loss", history.metrics["loss"])
-    finite = losses_along[np.isfinite(losses_along)]
-    return float(finite.min()) if finite.size else np.inf
-
-
-def _with_runs(found: Record, runs: list[Run], analysis: Analysis, sampled: int) -> Record:
-    rows, claims = [*found.rows], []
-    for run in runs:
-        end = f", test accuracy {run.accuracy:.3f}" if np.isfinite(run.accuracy) else ""
-        rows.append((f"η, {run.name}", run.rate, f"loss {run.loss[0]:.3g} to {run.loss[-1]:.3g}{end}; {run.stopped}"))
-        best = int(run.sweep_losses.argmin())
-        rows.append(
-            (
-                f"best of a sweep, {run.name}",
-                run.sweep_rates[best],
-                f"{len(run.sweep_rates)} octaves: lowest loss {run.sweep_losses[best]:.3g}, at η {run.lowest_loss:.3g}",
-            )
-        )
-        claims.append(
-            record.below(
-                record.slug("near_the_best", run.name.partition(",")[0]),
-                f"{run.name}: lowest loss at its rate, against twice the least of the sweep",
-                2 * run.sweep_losses[best],
-                run.lowest_loss,
-            )
-        )
-    measurements = {**found.measurements, "runs": [dataclasses.asdict(run) for run in runs]}
-    sampling = "the full batch" if sampled == found.measurements["num_examples"] else f"{sampled} examples"
-    panels = [*found.panels, _loss_panel(runs), _sweep_panel(runs, found.config["optimizer"])]
-    if found.config["optimizer"] in ("sgd", "momentum", "nesterov"):
-        panels.append(_sharpness_panel(runs, analysis, sampling))
-    answer = [*found.answer, _held_against_sweep(runs[1])] if len(runs) > 1 else found.answer
-    return dataclasses.replace(found, measurements=measurements, rows=rows, claims=claims, panels=panels, answer=answer)
-
-
-def _held_against_sweep(run: Run) -> str:
-    best = int(run.sweep_losses.argmin())
-    verdict = "as good within a factor of two" if run.lowest_loss < 2 * run.sweep_losses[best] else "a miss"
-    return (
-        f"A sweep of {len(run.sweep_rates)} octaves found {run.sweep_rates[best]:.3g} best, with a lowest loss of "
-        f"{run.sweep_losses[best]:.3g} where the derived rate has {run.lowest_loss:.3g}: {verdict}."
-    )
-
-
-def _sweep_panel(runs: list[Run], optimizer: str) -> Panel:
-    return Panel(
-        name="loss_against_learning_rate",
-        title=f"{optimizer}: the derived rates, and what a sweep finds",
-        xlabel="learning rate η",
-        ylabel="lowest loss along the run, held-out if there is such data",
-        series=[
-            Series(
-                run.name,
-                run.sweep_rates,
-                np.where(np.isfinite(run.sweep_losses), run.sweep_losses, np.nan),
-                "line-points",
-                colour,
-            )
-            for colour, run in enumerate(runs)
-        ],
-        lines=[Line(f"η, {run.name}", run.rate, "x", colour) for colour, run in enumerate(runs)],
-        xscale="log",
-        yscale="log",
-    )
-
-
-def _loss_panel(runs: list[Run]) -> Panel:
-    series = []
-    for colour, run in enumerate(runs):
-        series.append(Series(f"{run.name}, η = {run.rate:.3g}", run.epoch, run.loss, "line", colour))
-        if np.isfinite(run.test_loss).any():
-            series.append(Series("  the same on test data", run.epoch, run.test_loss, "dashed", colour))
-    return Panel(
-        name="loss_against_epoch",
-        title="Three updates, each at its rate, on equal numbers of example gradients",
-        xlabel="epoch (each example's gradient once)",
-        ylabel="mean loss",
-        series=series,
-        yscale="log",
-    )
-
-
-def _sharpness_panel(runs: list[Run], analysis: Analysis, sampling: str) -> Panel:
-    # Without second moments the limit is c/λ_max: c/η is the sharpness that a rate η still bears.
-    factor = float(analysis.limit(None) * analysis.sharpness.value)
-    bearable = lambda rate: factor / rate
-    name = "2/η" if analysis.optimizer == "sgd" else "limit for η"
-    series = [Series(f"λ_max, {run.name}", run.epoch, run.sharpness, "line-points", c) for c, run in enumerate(runs)]
-    lines = [Line(f"{name} of {run.name}", bearable(run.rate), "y", c) for c, run in enumerate(runs)]
-    return Panel(
-        name="sharpness_along_training",
-        title="Sharpness along training, and the sharpness that each rate bears",
-        xlabel="epoch",
-        ylabel=f"λ_max of the Hessian on {sampling}",
-        series=series,
-        lines=lines,
-        yscale="log",
-    )
-
-
-def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> Record:
-    batch, value = task.sample, analysis.sharpness.value
+def _with_ladder(found: Record, task: Task, keys: Array) -> Record:
+    batch, value = task.sample, found.measurements["sharpness"]["value"]
     n = contract.num_examples(batch)
     if n < task.num_examples:
         value = curvature.sharpness(task.loss, task.params, batch, key=keys[0], tol=1e-4).value
@@ -332,9 +215,7 @@ def _with_ladder(found: Record, task: Task, analysis: Analysis, keys: Array) -> 
     # An optimizer with second moments has no limit before they have seen gradients: gradient descent stands in for it.
     plain = found.config["optimizer"] not in ("sgd", "momentum", "nesterov")
     make = optax.sgd if plain else make
-    predicted = float(
-        learning_rate.maximal(value) if plain else analysis.limit(None) * analysis.sharpness.value / value
-    )
+    predicted = float(learning_rate.maximal(value)) if plain else _limit_by_sharpness(found) / float(value)
     rates = predicted * STEPS_OF_LADDER
     ladder = learning_rate.measure_stability(task.loss, task.params, batch, make, rates=rates, key=keys[1])
     sampling = f"{'gradient descent' if make is optax.sgd else found.config['optimizer']} on {n} examples"

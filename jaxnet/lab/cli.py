@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import io
 import pathlib
@@ -17,7 +18,8 @@ from typing import Annotated, Any
 import jax
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from jaxnet.contract import UserError
 from jaxnet.lab import analyse as main_job
@@ -50,6 +52,9 @@ class Output(Common):
 @dataclasses.dataclass(frozen=True)
 class Analyse(main_job.AnalyseConfig, Output):
     """Derive a task's learning rate from curvature and noise, train at it, and measure whether theory was right."""
+
+    resume: bool = False
+    """Go on with the job that was broken off in the folder: what it finished is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +132,15 @@ def _run(command: Commands, console: Console) -> int:
         return _list(console)
     if isinstance(command, Doctor):
         return _doctor(console)
-    _check_out(command)
+    resumed = isinstance(command, Analyse) and command.resume
+    _check_out(command, resumed)
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the figures need matplotlib: pip install 'jaxnet[app]'")
     _devices()
     try:
         if isinstance(command, Analyse):
-            return _staged(command, main_job.AnalyseConfig, main_job.stages, console)
+            begun = report.read_record(command.out) if resumed else None
+            return _staged(command, main_job.AnalyseConfig, functools.partial(main_job.stages, begun=begun), console)
         if isinstance(command, Spectrum):
             return _staged(command, spectrum.SpectrumConfig, spectrum.stages, console)
         return _experiment(command, console)
@@ -158,14 +165,14 @@ def _parse(arguments: Sequence[str]) -> Commands:
         raise UserError(" ".join(complaint.split())) from None
 
 
-def _check_out(output: Output) -> None:
+def _check_out(output: Output, resumed: bool) -> None:
     """Better now than after the work: can a folder be made where it is wanted?"""
     folder = output.out
     try:
         parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not parent.is_dir():
             raise UserError(f"--out {folder}: {parent.name} is a file; name a folder")
-        if folder.is_dir() and any(folder.iterdir()) and not output.overwrite:
+        if folder.is_dir() and any(folder.iterdir()) and not (output.overwrite or resumed):
             raise UserError(f"--out {folder}: is not empty; name another folder, or pass --overwrite")
         with tempfile.TemporaryDirectory(dir=parent):
             pass
@@ -209,10 +216,25 @@ def _bar() -> Iterator[OnStage]:
     if not console.is_terminal:
         yield lambda stage, share: None
         return
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), TimeElapsedColumn(), TimeLeft(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=1.0)
-        yield lambda stage, share: bar.update(task, description=stage, completed=share)
+        task = bar.add_task("starting", total=1.0, at=0.0)
+        yield lambda stage, share: bar.update(
+            task, description=stage, completed=share, at=bar.tasks[task].elapsed or 0.0
+        )
+
+
+class TimeLeft(ProgressColumn):
+    """What is left at the pace so far, counted down between one stage and the next."""
+
+    def render(self, task: Task) -> Text:
+        """About so long, or nothing while nothing is known."""
+        share, at = task.completed, task.fields["at"]
+        if not share:
+            return Text("")
+        left = max(0.0, at / share - (task.elapsed or at))
+        words = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+        return Text(f"about {words} left", style="progress.remaining")
 
 
 def _finish(record: Record, folder: pathlib.Path, console: Console) -> None:
@@ -228,13 +250,14 @@ def _finish(record: Record, folder: pathlib.Path, console: Console) -> None:
 
 
 def _staged(command: Any, make_config: Any, stages: Callable[..., Iterator[Record]], console: Console) -> int:
-    """Run a job that yields its record as it grows, and keep the last even if it is interrupted."""
+    """Run a job that yields its record as it grows, and keep each, so that even a killed one leaves what it had."""
     config = make_config(**{field.name: getattr(command, field.name) for field in dataclasses.fields(make_config)})
     record = None
     try:
         with jax.enable_x64(config.dtype == "float64"), _bar() as on_stage:
             for stage in stages(config, on_stage):
                 record = stage
+                report.write_record(record, command.out)
     finally:
         if record is not None:
             _finish(record, command.out, console)
@@ -265,6 +288,8 @@ EXTRAS = {
     "table": ("pandas",),
     "data": ("mnist1d", "mlxtend"),
     "stochastic": ("matfree",),
+    "checkpoint": ("orbax",),
+    "tensorboard": ("tensorboardX",),
 }
 
 

@@ -183,10 +183,44 @@ class Record:
         """Strict JSON; NaN and infinities become the strings "nan", "inf" and "-inf"."""
         return to_json(dataclasses.asdict(self))
 
+    @classmethod
+    def from_json(cls, text: str) -> "Record":
+        """The record that `to_json` wrote, its arrays as lists.
+
+        Raises:
+          ValueError: ``text`` is not of a record.
+        """
+        try:
+            fields = _numbers(json.loads(text))
+            panels = [
+                Panel(
+                    **panel
+                    | {
+                        "series": [Series(**series) for series in panel["series"]],
+                        "lines": [Line(**line) for line in panel["lines"]],
+                        "contours": panel["contours"] and Contours(**panel["contours"]),
+                    }
+                )
+                for panel in fields["panels"]
+            ]
+            claims = [Claim(**claim) for claim in fields["claims"]]
+            return cls(**fields | {"panels": panels, "claims": claims, "rows": [tuple(row) for row in fields["rows"]]})
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"expected a record in JSON, got something else ({error!r})") from error
+
 
 def to_json(value: Any) -> str:
     """Mappings, sequences, arrays and numbers as strict JSON, with "nan", "inf" and "-inf" as strings."""
     return json.dumps(_plain(value), indent=1, allow_nan=False, ensure_ascii=False)
+
+
+def _numbers(value: Any) -> Any:
+    """Of what JSON gave: the words for what it has no number for, as numbers."""
+    if isinstance(value, dict):
+        return {name: _numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def _plain(value: Any) -> Any:

@@ -62,7 +62,26 @@ def answer(record: Record) -> list[str]:
 
 
 def write(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
-    """``record.json``, one PNG a panel and ``report.html``; each appears whole or not at all. Returns their paths.
+    """``record.json``, ``report.html`` and one PNG a panel; each appears whole or not at all. Returns their paths.
+
+    Raises:
+      UserError: the folder cannot be written into.
+    """
+    written, figures = write_record(record, folder), list(_write_figures(record, folder))
+    text, at = page(record, answer(record)), folder / "report.html"
+    with _writing(folder):
+        _write_text(at, text)
+    return [written, at, *figures]
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_record(record: Record, folder: pathlib.Path) -> pathlib.Path:
+    """``record.json`` alone, whole or not at all; what was made of the record that it replaces goes.
 
     Raises:
       UserError: the folder cannot be written into.
@@ -73,16 +92,22 @@ def write(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
         folder.mkdir(parents=True, exist_ok=True)
         _forget_figures(path)
         _write_text(path, text)
-    figures = list(_write_figures(record, folder))
-    with _writing(folder):
-        _write_text(folder / "report.html", page(record, answer(record)))
-    return [path, folder / "report.html", *figures]
+    return path
 
 
-def _write_text(path: pathlib.Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def read_record(folder: pathlib.Path) -> Record | None:
+    """The record of a job that was broken off, or None where it left none.
+
+    Raises:
+      UserError: what lies in its place cannot be read.
+    """
+    path = folder / "record.json"
+    if not path.exists():
+        return None
+    try:
+        return Record.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be gone on with, {error}; start anew with --overwrite") from error
 
 
 @contextlib.contextmanager
@@ -99,8 +124,8 @@ def _forget_figures(path: pathlib.Path) -> None:
         names = [panel["name"] for panel in json.loads(path.read_text(encoding="utf-8"))["panels"]]
     except (OSError, ValueError, KeyError, TypeError):
         return
-    for name in names:
-        (path.parent / pathlib.Path(f"{name}.png").name).unlink(missing_ok=True)
+    for name in (*(f"{name}.png" for name in names), "report.html"):
+        (path.parent / pathlib.Path(name).name).unlink(missing_ok=True)
 
 
 def _write_figures(record: Record, folder: pathlib.Path) -> Iterator[pathlib.Path]:

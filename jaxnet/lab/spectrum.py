@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -50,25 +50,26 @@ def stages(config: SpectrumConfig, on_stage: OnStage = lambda stage, share: None
     check_count("num_eigenvalues, of as many parameters", config.num_eigenvalues, highest=task.num_params)
     where = "at the initial parameters"
     params = task.params
+    begins = 0.35 if config.num_epochs else 0.05
     if config.num_epochs:
         on_stage("training", 0.05)
-        params = _trained(config, task, keys[1])
+        params = _trained(config, task, keys[1], lambda done: on_stage("training", 0.25 + 0.1 * done))
         where = f"after {config.num_epochs} epochs"
     batch = task.sample
     op = curvature.hessian(task.loss, params, batch)
 
-    on_stage("top eigenvalues", 0.2)
+    on_stage("top eigenvalues", begins)
     found = _with_top(config, task, op, where, keys[2])
     yield found
-    on_stage("layers", 0.4)
+    on_stage("layers", begins + 0.3 * (1 - begins))
     found = _with_layers(found, task, params, keys[3])
     yield found
-    on_stage("density", 0.6)
+    on_stage("density", begins + 0.7 * (1 - begins))
     yield _with_density(config, found, op, keys[4])
     on_stage("done", 1.0)
 
 
-def _trained(config: SpectrumConfig, task: Task, key: Array) -> ArrayTree:
+def _trained(config: SpectrumConfig, task: Task, key: Array, share: Callable[[float], None]) -> ArrayTree:
     analysis = learning_rate.analyse(task.loss, task.params, task.train, key=key)
     result = training.fit(
         task.loss,
@@ -79,6 +80,7 @@ def _trained(config: SpectrumConfig, task: Task, key: Array) -> ArrayTree:
         batch_size=config.batch_size,
         num_epochs=config.num_epochs,
         key=key,
+        observers=[lambda progress: share(progress.epoch / progress.num_epochs)],
     )
     if result.stopped.reason == "diverged":
         raise UserError(f"num_epochs: the training before {result.stopped}")

@@ -1,10 +1,11 @@
 """Training from Python: one call, a history, and the word on why it ended."""
 
+import contextlib
 import dataclasses
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,98 +15,16 @@ from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, Observer, check_batch_size
 from jaxnet.data import Order, reshuffled
 from jaxnet.training import _program
+from jaxnet.training._history import FitProgress, FitResult, best_of, carried, check_same_run, history_of, result_of
 from jaxnet.training._optimizer import check_state, renewed
 from jaxnet.training._program import Augment, Metric, StopRule
 from jaxnet.training._update import TrainState, init_state
 
 
-@contract.result
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class History:
-    """What was seen along a run, one entry an epoch unless said otherwise; after `sweep`, a leading axis of runs.
-
-    Attributes:
-      epoch: (E,) epochs done, counted from 1.
-      step: (E,) iterations done at the end of each epoch.
-      loss: (E,) mean over the epoch's steps of the loss before each step, weighted by batch sizes.
-      step_loss: (E, S) those losses, one an iteration; NaN where a pass over a stream had fewer batches than another.
-      metrics: name -> (E,), each metric on the training data at the end of the epoch.
-      validation: name -> (E,), "loss" and each metric on the validation data; empty without it.
-    """
-
-    epoch: Array
-    step: Array
-    loss: Array
-    step_loss: Array
-    metrics: dict[str, Array]
-    validation: dict[str, Array]
-
-
-class Stopped(NamedTuple):
-    """Why and where a run ended.
-
-    Attributes:
-      reason: "num_epochs", "loss_below", "patience" or "diverged".
-      epoch: epochs done.
-      step: iterations done; of a run that diverged, the first step (from 1) whose loss before it, or params after
-        it, were not finite.
-    """
-
-    reason: str
-    epoch: int
-    step: int
-
-    def __str__(self) -> str:
-        """The reason in words."""
-        return {
-            "num_epochs": f"ran all its epochs, to step {self.step}",
-            "loss_below": f"the loss was small enough after epoch {self.epoch}, step {self.step}",
-            "patience": f"the validation loss had stopped improving by epoch {self.epoch}, step {self.step}",
-            "diverged": f"diverged: loss or params were not finite at step {self.step}, in epoch {self.epoch}",
-        }[self.reason]
-
-
-@contract.result
-class Best(NamedTuple):
-    """The parameters with the lowest validation loss, the epoch after which they were seen, and that loss."""
-
-    params: Any
-    epoch: int
-    loss: float
-
-
-@contract.result
-class FitResult(NamedTuple):
-    """What `fit` returns.
-
-    Attributes:
-      state: the `TrainState` at the end.
-      history: a `History`.
-      stopped: a `Stopped`, why the run ended.
-      best: a `Best` by validation loss, or None without validation data.
-    """
-
-    state: TrainState
-    history: History
-    stopped: Stopped
-    best: Best | None
-
-
-@contract.result
-class FitProgress(NamedTuple):
-    """What an observer is shown after each epoch: epochs done in this call and asked for, state and history so far."""
-
-    epoch: int
-    num_epochs: int
-    state: TrainState
-    history: History
-
-
 @contract.takes_loss
 def fit(
     loss: Loss,
-    start: ArrayTree | TrainState,
+    start: ArrayTree | TrainState | FitProgress,
     data: Any,
     make_optimizer: MakeOptimizer,
     *,
@@ -127,8 +46,9 @@ def fit(
 
     Args:
       loss: ``loss(params, batch) -> scalar``, a mean over the batch.
-      start: params, or a `TrainState` at the end of an epoch to go on from. The data's order is a function of (key,
-        step), so a run that goes on with the same key and batch size is the same run; ``stop`` and ``best`` begin anew.
+      start: params; or a `TrainState` at the end of an epoch to go on from, where history, ``stop`` and ``best`` begin
+        anew; or a `FitProgress`, such as `restore` returns, to go on with, where they go on too. The data's order is a
+        function of (key, step), so a run that goes on with the same key and batch size is the same run.
         A rate that its state keeps (`optax.inject_hyperparams`) gives way to ``learning_rate``; see `with_rate`.
       data: a pytree of arrays with a leading axis N; or a data set in batches (see `jaxnet.dataset`): a pass over it is
         an epoch, its batches are the steps, in its own order, and one that is smaller counts by its size.
@@ -137,7 +57,7 @@ def fit(
       batch_size: 1 is stochastic, B mini-batch, None full-batch. Where B does not divide N, the epoch's last
         step sees the examples that are left. Of a data set in batches, the size of its batches, or None, which
         accumulates the gradient over a whole pass into one step.
-      num_epochs: the most epochs to run in this call.
+      num_epochs: the most epochs of the run, those before a `FitProgress` to go on with among them.
       key: a `jax.random.key`, for the order and for ``augment``.
       order: `jaxnet.data.reshuffled`, `independent`, `cyclic` or one's own.
       augment: ``augment(key, batch) -> batch``, applied at each step: all that is random in a step.
@@ -146,7 +66,8 @@ def fit(
       stop: a `StopRule`; without one the run ends after ``num_epochs``, or when it diverges.
       metrics: name -> ``metric(params, batch)``, a mean over the batch, evaluated on all of the data at the end of each
         epoch.
-      observers: called with a `FitProgress` after each epoch, outside the compiled program.
+      observers: called with a `FitProgress` after each epoch, outside the compiled program; those that are context
+        managers are entered before the first epoch, and left when the run ends, however it ends.
 
     Returns:
       A `FitResult`. A run whose loss is not finite ends with that epoch, and says so in ``stopped``.
@@ -156,19 +77,14 @@ def fit(
 
     Reference:
       LeCun et al., "Efficient BackProp", 1998, sections 4.1 and 4.2.
-
-    Examples:
-      >>> loss = lambda w, batch: losses.squared_error(batch[0] @ w, batch[1]).mean()
-      >>> run = training.fit(
-      ...     loss, jnp.zeros(2), data.two_gaussians_exact(), optax.sgd,
-      ...     learning_rate=1.0, batch_size=None, num_epochs=20, key=jax.random.key(0),
-      ... )  # fmt: skip
-      >>> print(run.stopped)
-      ran all its epochs, to step 20
     """
     data, validation = dataset.of(data), dataset.of(validation)
     program = _make_program(loss, data, make_optimizer, learning_rate, batch_size, num_epochs, order, augment, metrics)
     stop = _check_stop(stop, validation)
+    run = start if isinstance(start, FitProgress) else None
+    if run is not None:
+        check_same_run(run, key, program.batch_size, tuple(metrics or {}), validation is not None)
+        start = run.state
     if isinstance(start, TrainState):
         contract.check_params(start.params)
         state = start
@@ -180,29 +96,44 @@ def fit(
         raise ValueError(f"learning_rate: expected one number, got shape {jnp.shape(rate)}; see sweep for several")
     if isinstance(start, TrainState) and not program.schedule:
         state = state._replace(opt_state=renewed(make_optimizer, state.opt_state, state.params, rate))
-    # What looks on between epochs, or brings the data, is on the host.
+    carry = _program.begin(state, validation is not None) if run is None else carried(run._replace(state=state), stop)
+    with contextlib.ExitStack() as stack:
+        for observer in observers:
+            if isinstance(observer, contextlib.AbstractContextManager):
+                stack.enter_context(observer)
+        return _run(program, carry, run, rate, data, validation, key, stop, observers)
+
+
+def _run(
+    program: _program.Program,
+    carry: _program.Carry,
+    run: FitProgress | None,
+    rate: Array,
+    data: Any,
+    validation: Any,
+    key: Array,
+    stop: StopRule,
+    observers: Sequence[Observer],
+) -> FitResult:
+    """Epoch after epoch where somebody looks on, or the data are on the host; else all that are left at once."""
+    first, earlier, done = carry.state, run and run.history, int(carry.epochs)
     one_by_one = bool(observers) or dataset.on_host(data, validation)
-    block = dataclasses.replace(program, num_epochs=1) if one_by_one else program
-    carry = _program.begin(state, validation is not None)
+    block = dataclasses.replace(program, num_epochs=1 if one_by_one else max(1, program.num_epochs - done))
     blocks: list[_program.Rows] = []
-    for epoch in range(1, num_epochs + 1, block.num_epochs):
-        carry, rows, done = _program.compiled_run(block, carry, rate, data, validation, key, stop)
-        blocks.append(jax.tree.map(lambda x, done=int(done): np.asarray(x)[:done], rows))
+    while int(carry.code) == _program.RUNNING and done < program.num_epochs:
+        carry, rows, count = _program.compiled_run(block, carry, rate, data, validation, key, stop)
+        blocks.append(jax.tree.map(lambda x, count=int(count): np.asarray(x)[:count], rows))
+        done = int(carry.epochs)
         if observers:
-            shown = FitProgress(epoch, num_epochs, carry.state, _history(blocks, state))
+            history = history_of(blocks, first, earlier)
+            last = int(history.epoch[-1]) + program.num_epochs - done
+            best, waited = best_of(carry, history), int(carry.waited)
+            shown = FitProgress(
+                int(history.epoch[-1]), last, carry.state, history, best, waited, key, program.batch_size
+            )
             for observer in observers:
                 observer(shown)
-        if int(carry.code) != _program.RUNNING:
-            break
-    return _result(carry, _history(blocks, state), validation is not None)
-
-
-def _result(carry: _program.Carry, history: History, has_validation: bool) -> FitResult:
-    best = None
-    if has_validation:
-        before = int(history.epoch[0]) - 1
-        best = Best(carry.best_params, before + int(carry.best_epoch), float(carry.best_loss))
-    return FitResult(carry.state, history, _stopped(int(carry.code), history), best)
+    return result_of(carry, history_of(blocks, first, earlier))
 
 
 @contract.takes_loss
@@ -269,8 +200,8 @@ def sweep(
     for run, count in enumerate(done):
         carry = jax.tree.map(lambda x, run=run: x[run], carries)
         of_run = jax.tree.map(lambda x, run=run, count=count: x[run][:count], rows)
-        history = _history([of_run], TrainState(start, None, jnp.zeros((), jnp.int32)))
-        results.append(_result(carry, history, validation is not None))
+        history = history_of([of_run], TrainState(start, None, jnp.zeros((), jnp.int32)), None)
+        results.append(result_of(carry, history))
     return results
 
 
@@ -333,30 +264,3 @@ def _check_stop(stop: StopRule | None, validation: ArrayTree | None) -> StopRule
     if stop.patience != StopRule().patience and validation is None:
         raise ValueError("stop: patience watches the validation loss; pass validation data")
     return stop
-
-
-def _history(blocks: list[_program.Rows], start: TrainState) -> History:
-    steps = np.concatenate([np.full(block.step_loss.shape[0], block.step_loss.shape[1]) for block in blocks])
-    longest = int(steps.max())
-    # A stream may have more batches in one pass than in another.
-    padded = [block._replace(step_loss=_padded(block.step_loss, longest)) for block in blocks]
-    rows = jax.tree.map(lambda *parts: np.concatenate(parts), *padded)
-    epoch: Any = int(start.step) // int(steps[0]) + np.arange(1, len(steps) + 1)
-    step: Any = int(start.step) + np.cumsum(steps)
-    return History(epoch, step, rows.loss, rows.step_loss, rows.metrics, rows.validation)
-
-
-def _padded(step_loss: Any, length: int) -> Any:
-    missing = length - step_loss.shape[1]
-    return np.pad(step_loss, ((0, 0), (0, missing)), constant_values=np.nan) if missing else step_loss
-
-
-def _stopped(code: int, history: History) -> Stopped:
-    reason = _program.REASONS[code or _program.NUM_EPOCHS]
-    epoch, step = int(history.epoch[-1]), int(history.step[-1])
-    if reason == "diverged":
-        steps = step - int(history.step[-2]) if len(history.step) > 1 else history.step_loss.shape[1]
-        bad = ~np.isfinite(history.step_loss[-1][:steps])
-        # Where every loss was finite, the params stopped being so after the last step.
-        step += 1 - steps + int(np.argmax(bad)) if bad.any() else 0
-    return Stopped(reason, epoch, step)

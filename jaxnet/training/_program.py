@@ -90,6 +90,13 @@ def begin(state: TrainState, has_validation: bool) -> Carry:
     )
 
 
+def code_of(loss: Array, waited: Array, finite: Array, stop: StopRule) -> Array:
+    """Why the run ends with an epoch, or that it goes on."""
+    code = jnp.where(waited >= stop.patience, PATIENCE, RUNNING)
+    code = jnp.where(loss < stop.loss_below, LOSS_BELOW, code)
+    return jnp.where(finite, code, DIVERGED).astype(jnp.int32)
+
+
 def _update(program: Program, rate: Array, key: Array, state: TrainState, batch: ArrayTree) -> tuple[TrainState, Any]:
     """One step, whatever is random in it by a key of its own."""
     if program.augment is not None:
@@ -222,15 +229,13 @@ def _epochs(
         shares = sizes.astype(carry.best_loss.dtype) / sizes.sum()
         loss = jnp.vdot(shares, losses.astype(shares.dtype))
         carry = carry._replace(state=state, epochs=carry.epochs + 1)
-        code = jnp.where(loss < stop.loss_below, LOSS_BELOW, RUNNING)
         held_out = {}
         if validation is not None:
             metrics = _Metrics((*program.metrics, ("loss", program.loss)))
             held_out = dataset.mean(metrics, validation, state.params)
             carry = _keep_best(carry, held_out["loss"])
-            code = jnp.where((code == RUNNING) & (carry.waited >= stop.patience), PATIENCE, code)
-        finite = [jnp.isfinite(x).all() for x in (losses, *jax.tree.leaves(state.params))]
-        code = jnp.where(jnp.stack(finite).all(), code, DIVERGED).astype(jnp.int32)
+        finite = jnp.stack([jnp.isfinite(x).all() for x in (losses, *jax.tree.leaves(state.params))])
+        code = code_of(loss, carry.waited, finite.all(), stop)
         on_data = dataset.mean(_Metrics(program.metrics), dataset.afresh(data), state.params) if program.metrics else {}
         return carry._replace(code=code), Rows(loss, losses, on_data, held_out)
 

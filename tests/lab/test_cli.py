@@ -1,14 +1,17 @@
 """The command line, as a process."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+from rich.progress import Progress
 
 from jaxnet import contract, data, training
-from jaxnet.lab import cli, experiments, plots
+from jaxnet.lab import analyse, cli, experiments, plots, record, report
 
 COMMAND = [sys.executable, "-m", "jaxnet"]
 
@@ -80,6 +83,66 @@ def test_the_linear_neuron_is_predicted_and_measured(small):
     low, high = found["ladder"]["plain_bracket"]
     assert low < found["rates"]["maximal"] * 1.001
     assert high > found["rates"]["maximal"] * 0.999
+
+
+def test_a_job_goes_on_from_what_it_had(small):
+    """The last stage, in another process than the stages before."""
+    path = small[1] / "record.json"
+    whole = record.Record.from_json(path.read_text())
+    measured = {name: value for name, value in whole.measurements.items() if name != "ladder"}
+    panels = [panel for panel in whole.panels if panel.name not in ("loss_against_rate", "stability_against_rate")]
+    begun = dataclasses.replace(
+        whole, measurements=measured, claims=whole.claims[1:], rows=whole.rows[:-2], panels=panels
+    )
+    config = analyse.AnalyseConfig(data="two-gaussians", model="linear", num_epochs=4, batch_size=10, seed=3)
+    grown = list(analyse.stages(config, begun=begun))
+    assert len(grown) == 2
+    assert grown[-1].to_json() + "\n" == path.read_text()
+    (done,) = analyse.stages(config, begun=grown[-1])
+    assert done.to_json() == grown[-1].to_json()
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_and_resumed_leaves_the_same_record(small, tmp_path):
+    arguments = ["analyse", *map(str, SMALL), "--seed", "3", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path, runs = tmp_path / "out" / "record.json", 0
+    while process.poll() is None and not runs:
+        time.sleep(0.01)
+        runs = len(json.loads(path.read_text())["measurements"]["runs"]) if path.exists() else 0
+    process.kill()
+    process.wait()
+    assert 1 <= runs < 3
+    fails("resume: the job was begun with --seed 3, now 4; start anew", *arguments, "--seed", 4, "--resume")
+    done = jaxnet(*arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert path.read_text() == (small[1] / "record.json").read_text()
+    assert {file.name for file in small[1].iterdir()} == {file.name for file in path.parent.iterdir()}
+
+
+def test_resume_begins_where_there_is_nothing_and_refuses_what_it_cannot_read(tmp_path, capsys):
+    (tmp_path / "record.json").write_text("{}")
+    assert cli.run(["analyse", "--out", str(tmp_path), "--resume"]) == 2
+    assert "record.json: cannot be gone on with, expected a record" in capsys.readouterr().err
+    assert report.read_record(tmp_path / "nothing") is None
+
+
+def test_the_time_left_is_the_pace_so_far(monkeypatch):
+    clock = [0.0]
+    with Progress(get_time=lambda: clock[0], disable=True) as bar:
+        task = bar.add_task("", total=1.0, at=0.0)
+        column = cli.TimeLeft()
+        words = lambda: column.render(bar.tasks[0]).plain
+        assert words() == ""
+        clock[0] = 30.0
+        bar.update(task, completed=0.25, at=30.0)
+        assert words() == "about 90 s left"
+        clock[0] = 70.0  # nothing new
+        assert words() == "about 50 s left"
+        clock[0] = 500.0
+        assert words() == "about 0 s left"
+        bar.update(task, completed=0.5, at=500.0)
+        assert words() == "about 8 min left"
 
 
 def test_an_out_that_is_not_empty_is_kept_unless_overwritten(small, tmp_path):
@@ -241,7 +304,7 @@ def test_a_bug_is_a_traceback_and_not_the_users_fault(error, flag, monkeypatch, 
     assert cli.run([*JOB, "--out", str(tmp_path / "out"), *flag]) == 70
     printed = capsys.readouterr().err
     assert printed.startswith("Traceback")
-    assert f"in _train\n{' ' * 4}" in printed
+    assert f"in train\n{' ' * 4}" in printed
     assert type(error).__name__ in printed
     last = printed.splitlines()[-1]
     assert last.startswith("jaxnet: this is a bug in jaxnet, not in your input")

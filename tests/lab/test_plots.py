@@ -281,8 +281,9 @@ def test_record():
 ROOMS = (curvature, learning_rate, per_example, training)
 # Results, and what else is a class, of which no figure would tell anything.
 REFUSED = {
-    "Best", "Eigensolver", "Estimate", "FitProgress", "History", "Leading", "LinearOperator", "NoisyCurvature",
-    "OnlineSharpness", "Solution",
+    "Best", "Checkpoints", "Eigensolver", "Estimate", "FitProgress", "History", "JsonLines", "Leading",
+    "LinearOperator", "NoisyCurvature",
+    "OnlineSharpness", "Solution", "TensorBoard",
     "PerExampleGradients", "ScaleBySharpnessState", "Space", "StopRule", "Stopped", "Tracker", "TrainState", "ValueFn",
 }  # fmt: skip
 DRAWN = {

@@ -48,6 +48,18 @@ def test_json_is_strict_and_whole():
     assert not RECORD.passed
 
 
+def test_a_record_comes_back_from_its_json():
+    back = Record.from_json(RECORD.to_json())
+    assert back.to_json() == RECORD.to_json()
+    assert back.claims == RECORD.claims
+    assert back.rows == RECORD.rows
+    assert back.measurements["inf"] == math.inf
+    assert plots.draw(back).keys() == plots.draw(RECORD).keys()
+    for text in ("{}", "[]", "1", RECORD.to_json()[:-9], RECORD.to_json().replace("question", "answer")):
+        with pytest.raises(ValueError, match="expected a record in JSON"):
+            Record.from_json(text)
+
+
 @pytest.mark.parametrize(
     ("claim", "passed"),
     [
