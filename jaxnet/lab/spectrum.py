@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from jaxnet import curvature, learning_rate, training
-from jaxnet.contract import Array, ArrayTree, UserError, check_batch_size
+from jaxnet.contract import Array, ArrayTree, UserError, check_batch_size, leaf_names
 from jaxnet.curvature import Eigenpairs, LinearOperator
 from jaxnet.lab import _panels, record
 from jaxnet.lab._task import OnStage, Task, TaskConfig, check_count, keys_of, make_task, rate_of
@@ -126,9 +126,9 @@ def _with_layers(found: Record, task: Task, params: ArrayTree, key: Array) -> Re
     whole = float(found.measurements["eigenvalues"][0])
     of = functools.partial(curvature.layer_sharpness, task.loss, params, task.sample, key=key)
     named = {f"layer {name}" if name.isdigit() else name: pairs for name, pairs in of().items()}
-    kernels = jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
-    if any(jax.tree.leaves(kernels)) and not all(jax.tree.leaves(kernels)):
-        named |= of(groups={"weights without biases": kernels})
+    kernels = ["kernel" in name for name in leaf_names(params)]
+    if any(kernels) and not all(kernels):
+        named |= of(groups={"weights without biases": "*kernel*"})
     values = {name: float(pairs.values[0]) for name, pairs in named.items()}
     # Where the outputs saturate there may be no curvature left.
     share = lambda value: f"{value / whole:.0%} of the whole" if whole > 0 else ""
