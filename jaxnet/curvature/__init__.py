@@ -8,6 +8,14 @@ from jaxnet.curvature._hessian import hessian
 from jaxnet.curvature._layers import layer_sharpness
 from jaxnet.curvature._online import OnlineSharpness, online_sharpness
 from jaxnet.curvature._operators import LinearOperator, Space, flattened, materialize, precondition, restrict, shift
+from jaxnet.curvature._products import (
+    Differences,
+    HessianProduct,
+    by_derivatives,
+    forward_over_reverse,
+    pushforward,
+    reverse_over_reverse,
+)
 from jaxnet.curvature._search import Eigenpairs, Eigensolver
 from jaxnet.curvature._second_moment import empirical_fisher, gradient_covariance
 from jaxnet.curvature._sharpness import Sharpness, sharpness
@@ -17,9 +25,11 @@ from jaxnet.curvature._track import Track, Tracker, TrackObserver, track
 
 __all__ = [
     "LEADING",
+    "Differences",
     "Eigenpairs",
     "Eigensolver",
     "Estimate",
+    "HessianProduct",
     "Leading",
     "LinearOperator",
     "OnlineSharpness",
@@ -30,12 +40,14 @@ __all__ = [
     "Track",
     "TrackObserver",
     "Tracker",
+    "by_derivatives",
     "diagonal",
     "eigsh",
     "empirical_fisher",
     "fisher",
     "flattened",
     "follow",
+    "forward_over_reverse",
     "gauss_newton",
     "gradient_covariance",
     "hessian",
@@ -43,7 +55,9 @@ __all__ = [
     "materialize",
     "online_sharpness",
     "precondition",
+    "pushforward",
     "restrict",
+    "reverse_over_reverse",
     "sharpness",
     "shift",
     "solve",

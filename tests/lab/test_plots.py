@@ -282,7 +282,7 @@ ROOMS = (curvature, learning_rate, per_example, training)
 # Results, and what else is a class, of which no figure would tell anything.
 REFUSED = {
     "Best", "Eigensolver", "Estimate", "FitProgress", "History", "Leading", "LinearOperator", "NoisyCurvature",
-    "OnlineSharpness", "Solution",
+    "Differences", "OnlineSharpness", "Solution",
     "PerExampleGradients", "ScaleBySharpnessState", "Space", "StopRule", "Stopped", "Tracker", "TrainState", "ValueFn",
 }  # fmt: skip
 DRAWN = {
