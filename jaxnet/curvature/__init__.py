@@ -1,10 +1,11 @@
 """Curvature of a loss: linear operators, one Lanczos recurrence, eigenpairs and the sharpness λ_max."""
 
 from jaxnet.curvature._density import SpectralDensity, spectral_density
-from jaxnet.curvature._eigsh import eigsh
+from jaxnet.curvature._eigsh import eigsh, overlap
 from jaxnet.curvature._follow import LEADING, Leading, follow
 from jaxnet.curvature._gauss_newton import fisher, gauss_newton
 from jaxnet.curvature._hessian import hessian
+from jaxnet.curvature._landscape import Landscape, filter_normalised, landscape
 from jaxnet.curvature._layers import layer_sharpness
 from jaxnet.curvature._online import OnlineSharpness, online_sharpness
 from jaxnet.curvature._operators import LinearOperator, Space, flattened, materialize, precondition, restrict, shift
@@ -30,6 +31,7 @@ __all__ = [
     "Eigensolver",
     "Estimate",
     "HessianProduct",
+    "Landscape",
     "Leading",
     "LinearOperator",
     "OnlineSharpness",
@@ -44,6 +46,7 @@ __all__ = [
     "diagonal",
     "eigsh",
     "empirical_fisher",
+    "filter_normalised",
     "fisher",
     "flattened",
     "follow",
@@ -51,9 +54,11 @@ __all__ = [
     "gauss_newton",
     "gradient_covariance",
     "hessian",
+    "landscape",
     "layer_sharpness",
     "materialize",
     "online_sharpness",
+    "overlap",
     "precondition",
     "pushforward",
     "restrict",

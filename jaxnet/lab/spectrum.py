@@ -64,7 +64,8 @@ def stages(config: SpectrumConfig, on_stage: OnStage = lambda stage, share: None
     found = _with_layers(found, task, params, keys[3])
     yield found
     on_stage("density", 0.6)
-    yield _with_density(config, found, op, keys[4])
+    initial = curvature.hessian(task.loss, task.params, batch) if config.num_epochs else None
+    yield _with_density(config, found, op, initial, keys[4])
     on_stage("done", 1.0)
 
 
@@ -154,8 +155,13 @@ def _with_layers(found: Record, task: Task, params: ArrayTree, key: Array) -> Re
     )
 
 
-def _with_density(config: SpectrumConfig, found: Record, op: LinearOperator, key: Array) -> Record:
-    density = curvature.spectral_density(op, key=key, num_probes=config.num_probes, num_steps=config.num_steps)
+def _with_density(
+    config: SpectrumConfig, found: Record, op: LinearOperator, initial: LinearOperator | None, key: Array
+) -> Record:
+    of = functools.partial(
+        curvature.spectral_density, key=key, num_probes=config.num_probes, num_steps=config.num_steps
+    )
+    density = of(op)
     n = op.space.size
     mean, error = (n * float(x) for x in density.mean(density.nodes))
     flat, _ = density.cumulative(jnp.array([-1e-3, 1e-3]) * found.measurements["eigenvalues"][0], 1e-9)
@@ -167,4 +173,9 @@ def _with_density(config: SpectrumConfig, found: Record, op: LinearOperator, key
     measurements = {**found.measurements, "trace": mean, "trace_error": error, **dataclasses.asdict(density)}
     tops, smallest = found.measurements["eigenvalues"], float(found.measurements["smallest"])
     panels = [*found.panels, *_panels.of_density(density, count=n, tops=tops, smallest=smallest)]
+    if initial is not None:
+        before = of(initial)
+        measurements["initial"] = dataclasses.asdict(before)
+        labels = ["at the initial parameters", f"after {config.num_epochs} epochs"]
+        panels += _panels.of_densities([before, density], labels)
     return dataclasses.replace(found, rows=rows, measurements=measurements, panels=panels)
