@@ -205,9 +205,16 @@ def _followed(of_what: str, x: Any, y: Any) -> Panel:
 
 
 def of_critical(found: CriticalSharpness) -> list[Panel]:
-    """λ_c; along time where they were stacked."""
-    title = "Critical sharpness 2/η_c, from the rate at which a step stops to lower the loss"
-    return [_along_time("critical_sharpness", title, "λ_c", {"λ_c": _along(found.value)})]
+    """λ_c, between the ends of its bracket; along time where they were stacked."""
+    title, values = (
+        "Critical sharpness 2/η_c, from the rate at which a step stops to lower the loss",
+        _along(found.value),
+    )
+    lines = []
+    if values.size == 1:
+        low, high = np.ravel(2 / found.bracket)
+        lines = [Line("2/η, the bracket's lower η", float(low), "y"), Line("its higher η", float(high), "y")]
+    return [_along_time("critical_sharpness", title, "λ_c", {"λ_c": values}, lines=lines)]
 
 
 def of_eigenpairs(found: Eigenpairs, title: str = "Eigenvalues found, in descending order") -> list[Panel]:
