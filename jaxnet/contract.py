@@ -156,23 +156,44 @@ class Observer(Protocol):
         """Look at a `Progress`."""
 
 
+def leaf_names(tree: ArrayTree, root: str = "params") -> list[str]:
+    """The leaves' names as a person writes them, ``0/kernel``; a tree that is one array has the root's.
+
+    The box around a leaf (a Flax variable), of which it is the ``value``, has no name of its own. Where two would be
+    alike (a dict with the keys 0 and "0"), all are written as Python indexes them.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    boxed = jax.tree_util.GetAttrKey("value")
+    unboxed = [path[:-1] if path[-1:] == (boxed,) else path for path in paths]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in unboxed]
+    if len(set(names)) < len(names):
+        names = [jax.tree_util.keystr(path) for path in paths]
+    return [name or root for name in names]
+
+
+def called(argument: str, tree: ArrayTree) -> list[tuple[str, Any]]:
+    """The leaves of an argument, and what a message calls each: ``params, leaf 0/kernel``."""
+    names = leaf_names(tree, argument)
+    called = [name if name == argument else f"{argument}, leaf {name}" for name in names]
+    return list(zip(called, jax.tree.leaves(tree), strict=True))
+
+
 def num_examples(batch: ArrayTree) -> int:
     """The length N of the leading axis that all leaves of ``batch`` share.
 
     Raises:
       ValueError: the batch has no leaf, a leaf is a scalar, the lengths differ, or N is 0.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    leaves = called("batch", batch)
     if not leaves:
         raise ValueError("batch: expected a pytree of arrays with a leading axis of examples, got no array")
     lengths = {}
-    for path, leaf in leaves:
-        name = f"batch{jax.tree_util.keystr(path)}"
+    for name, leaf in leaves:
         if jnp.ndim(leaf) == 0:
             raise ValueError(f"{name}: expected a leading axis of examples, got a scalar")
         lengths[name] = jnp.shape(leaf)[0]
     if len(set(lengths.values())) > 1:
-        listing = ", ".join(f"{name} has {n}" for name, n in lengths.items())
+        listing = ", ".join(f"{name.removeprefix('batch, ')} has {n}" for name, n in lengths.items())
         raise ValueError(f"batch: its leaves must share one leading axis, got {listing}")
     n = next(iter(lengths.values()))
     if n == 0:
@@ -187,11 +208,10 @@ def check_params(params: ArrayTree) -> None:
       TypeError: a leaf is not a real floating array.
       ValueError: there is no leaf.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = called("params", params)
     if not leaves:
         raise ValueError("params: expected a pytree of floating arrays, got one without any leaf")
-    for path, leaf in leaves:
-        name = f"params{jax.tree_util.keystr(path)}"
+    for name, leaf in leaves:
         try:
             dtype = jnp.result_type(leaf)
         except TypeError:
@@ -220,9 +240,10 @@ def check_alike(name: str, tree: ArrayTree, like: ArrayTree) -> None:
     structures: list[Any] = [jax.tree.structure(x) for x in (like, tree)]
     if structures[0] != structures[1]:
         raise ValueError(f"{name}: expected a pytree like params, {structures[0]}, got {structures[1]}")
-    shapes = [[jnp.shape(x) for x in jax.tree.leaves(y)] for y in (like, tree)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"{name}: expected a pytree like params, with leaves of shapes {shapes[0]}, got {shapes[1]}")
+    for leaf, x, y in zip(leaf_names(like), *map(jax.tree.leaves, (tree, like)), strict=True):
+        if jnp.shape(x) != jnp.shape(y):
+            got = f"leaf {leaf} of shape {jnp.shape(x)} and not {jnp.shape(y)}"
+            raise ValueError(f"{name}: expected a pytree like params, got {got}")
 
 
 def check(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int:
@@ -256,11 +277,10 @@ class ValueAndGrad:
 
 def not_finite(**trees: ArrayTree) -> list[str]:
     """The names of the leaves that hold a NaN or an infinity; for values at hand, not for tracers."""
-    leaves = jax.tree_util.tree_leaves_with_path(trees)
-    inexact = [(path, leaf) for path, leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    leaves = [leaf for argument, tree in trees.items() for leaf in called(argument, tree)]
+    inexact = [(name, leaf) for name, leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
     finite = jax.device_get(_finite([leaf for _, leaf in inexact]))
-    bad = [path for (path, _), holds in zip(inexact, finite, strict=True) if not holds]
-    return [f"{path[0].key}{jax.tree_util.keystr(path[1:])}" for path in bad]
+    return [name for (name, _), holds in zip(inexact, finite, strict=True) if not holds]
 
 
 @jax.jit

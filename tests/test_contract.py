@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
 from jaxnet import contract, curvature, learning_rate, losses, per_example, training
 
@@ -27,9 +28,11 @@ def test_a_good_contract_gives_the_number_of_examples():
 @pytest.mark.parametrize(
     ("params", "error", "words"),
     [
-        ({"w": jnp.ones(3, jnp.int32)}, TypeError, r"params\['w'\].*int32"),
-        ({"w": jnp.ones(3, jnp.complex64)}, TypeError, r"params\['w'\].*complex64"),
-        ({"w": "text"}, TypeError, r"params\['w'\].*str"),
+        ({"w": jnp.ones(3, jnp.int32)}, TypeError, "params, leaf w: .*int32"),
+        ({"w": jnp.ones(3, jnp.complex64)}, TypeError, "params, leaf w: .*complex64"),
+        ({"w": "text"}, TypeError, "params, leaf w: .*str"),
+        (({"kernel": jnp.ones(3, int)},), TypeError, "params, leaf 0/kernel: .*int32"),
+        (jnp.ones(3, int), TypeError, "params: .*int32"),
         ({}, ValueError, "params.*without any leaf"),
     ],
 )
@@ -45,7 +48,7 @@ def test_params_that_do_not_fit(params, error, words):
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        ((jnp.ones((4, 3)), jnp.ones(5)), "share one leading axis.*4.*5"),
+        ((jnp.ones((4, 3)), jnp.ones(5)), "share one leading axis, got leaf 0 has 4, leaf 1 has 5"),
         ((jnp.ones((0, 3)), jnp.ones(0)), "at least one example"),
         ((jnp.ones((4, 3)), jnp.float32(1)), "got a scalar"),
         ((), "got no array"),
@@ -60,6 +63,24 @@ def test_batches_that_do_not_fit(batch, words):
 def test_a_loss_that_is_no_real_scalar(bad):
     with pytest.raises(ValueError, match="loss: expected"):
         contract.check(bad, GOOD, BATCH)
+
+
+def test_leaves_have_the_names_that_restrict_takes():
+    tree = ({"kernel": jnp.ones(3), "bias": jnp.ones(2)}, (), Plain(jnp.ones(1)))
+    assert contract.leaf_names(tree[:2]) == ["0/bias", "0/kernel"]
+    assert contract.leaf_names({"mlp/~/linear_0": {"w": 1.0}}) == ["mlp/~/linear_0/w"]
+    assert contract.leaf_names(Module(jnp.ones(1))) == ["scale"]
+    assert contract.leaf_names(jnp.ones(3)) == ["params"]
+    layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    assert contract.leaf_names({"out": nnx.state(layer, nnx.Param)}) == ["out/bias", "out/kernel"]
+    assert contract.leaf_names({"a/b": 1.0, "a": {"b": 2.0}}) == ["['a']['b']", "['a/b']"]
+    op = curvature.hessian(loss, {"w": jnp.ones(3)}, BATCH)
+    assert op.space.names == list(per_example.gradients(loss, {"w": jnp.ones(3)}, BATCH).plan) == ["w"]
+    with pytest.raises(
+        ValueError, match=r"v: expected a pytree like params, got leaf w of shape \(2,\) and not \(3,\)"
+    ):
+        op @ {"w": jnp.ones(2)}
+    assert contract.not_finite(params={"w": jnp.array(jnp.nan)}, loss=jnp.inf) == ["params, leaf w", "loss"]
 
 
 class Module(eqx.Module):

@@ -146,10 +146,14 @@ TAKES = {
         getattr(curvature.sharpness(*problem, key=KEY, tol=1e-9, sampling_error=True), name)
         for name in ("value", "num_matvecs", "sampling_error")
     ],
+    "curvature.landscape": lambda loss, params, batch: curvature.landscape(
+        loss, params, batch, jax.tree.map(lambda x: jnp.stack([x, jnp.sin(x)]), params), num_points=4
+    ),
     "curvature.track": tracked,
     "per_example.gradients": moments,
     "per_example.noise_scale": per_example.noise_scale,
     "per_example.check_independent": per_example.check_independent,
+    "learning_rate.critical_sharpness": learning_rate.critical_sharpness,
     "learning_rate.greedy": learning_rate.greedy,
     "learning_rate.noisy_curvature": lambda *problem: learning_rate.noisy_curvature(*problem, key=KEY, num_probes=4),
     "learning_rate.analyse": analysed,

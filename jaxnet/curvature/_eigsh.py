@@ -2,6 +2,10 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
+import optax
+
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature._operators import LinearOperator
@@ -65,3 +69,29 @@ def eigsh(
 @functools.partial(dataset.jit, static_argnames="solver")
 def _eigsh(solver: Eigensolver, op: LinearOperator, v0: ArrayTree | None, key: Array, tol: Array | float) -> Eigenpairs:
     return solver.search(op, solver.start(key, v0), tol)[0]
+
+
+def overlap(pairs: Eigenpairs, tree: ArrayTree) -> Array:
+    """Σ_i (v_i·g)²/‖g‖², the share of a vector's square that lies in the span of the eigenvectors, in [0, 1].
+
+    Of a gradient in the span of as many leading eigenvectors as there are classes it is most of the whole soon after a
+    run begins; of a random vector it is about k/n. As the vectors are found to the square root of their values'
+    tolerance only, so is the share: ask `eigsh` for 1e-4 or less.
+
+    Args:
+      pairs: what `eigsh` found, k of them.
+      tree: g, like params: a gradient, an update, the way from one point to another.
+
+    Returns:
+      A scalar; NaN for a vector of length 0.
+
+    Raises:
+      ValueError: ``tree`` is not like the vectors.
+
+    Reference:
+      Gur-Ari, Roberts & Dyer, "Gradient Descent Happens in a Tiny Subspace", 2018, eq. 2.
+    """
+    contract.check_alike("tree", tree, jax.tree.map(lambda v: v[0], pairs.vectors))
+    tree = jax.tree.map(lambda x, v: jnp.asarray(x, v.dtype), tree, pairs.vectors)
+    along = jax.vmap(lambda v: optax.tree.vdot(v, tree))(pairs.vectors)
+    return jnp.sum(along**2) / optax.tree.norm(tree, squared=True)

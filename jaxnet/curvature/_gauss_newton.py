@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxnet import contract, dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature._operators import LinearOperator, over_examples
+from jaxnet.curvature._products import pushforward
 from jaxnet.curvature._second_moment import empirical_fisher
 from jaxnet.losses import MeanLoss
 
@@ -24,7 +25,7 @@ class _GaussNewtonProduct:
 
         def of_chunk(chunk: Any) -> ArrayTree:
             network = lambda p: parts.outputs(p, chunk)
-            outputs, along = jax.jvp(network, (params,), (v,))
+            outputs, along = pushforward(network, params, v)
             slope = jax.grad(lambda o: jnp.mean(parts.criterion(o, chunk[1])))
             curved = jax.jvp(slope, (outputs,), (along,))[1]
             return jax.vjp(network, params)[1](curved)[0]

@@ -6,29 +6,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from jaxnet import contract
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature._operators import LinearOperator, Space, over_examples
+from jaxnet.curvature._operators import LinearOperator, OverExamples, Space, over_examples
+from jaxnet.curvature._products import Gradient, HessianProduct, by_derivatives, way_of
 
 
 @contract.takes_loss
-def hessian(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
+def hessian(loss: Loss, params: ArrayTree, batch: Any, *, product: HessianProduct = by_derivatives) -> LinearOperator:
     """H = ∂²E/∂ω∂ω′ of the loss E at ``params``, by forward over reverse differentiation.
 
     One product costs about two gradients, and no matrix is formed. Of a function with a rule for reverse
     differentiation only (a `jax.custom_vjp` whose rule calls itself) the product is taken by reverse over reverse,
-    which is as exact, and takes more memory.
+    which is as exact, and takes more memory. Where that rule cannot be differentiated either (fused attention, a
+    callback) ``product=Differences()`` takes differences of gradients; of the two `sharpness` tells the error.
 
     Args:
       loss: ``loss(params, batch) -> scalar``.
       params: the point ω.
       batch: the examples that E is a mean over; or a data set in batches that does not fit memory: a list of batches
         or a data loader, gone through once a product.
+      product: how Hv is had from the gradient: `by_derivatives`, `forward_over_reverse`, `reverse_over_reverse`,
+        `Differences`, or a hashable function ``product(gradient, params, v)``.
 
     Raises:
-      TypeError, ValueError: the arguments do not fit the contract.
+      TypeError, ValueError: the arguments do not fit the contract; or, at a product, there is no such derivative.
 
     Reference:
       Pearlmutter, "Fast Exact Multiplication by the Hessian", Neural Computation 1994, eq. 2.
@@ -40,14 +43,32 @@ def hessian(loss: Loss, params: ArrayTree, batch: Any) -> LinearOperator:
       >>> print(f"{first[0]:.2f} {first[1]:.2f}")
       0.20 0.32
     """
-    return over_examples(_HessianProduct(loss), loss, params, batch)
+    return over_examples(_OfBatch(loss, product), loss, params, batch)
+
+
+def chosen(op: LinearOperator) -> tuple[LinearOperator, HessianProduct]:
+    """A Hessian whose product is by derivatives, by the first way there is, differences included; any other as it is.
+
+    And the way, decided once, by a look at the first batch.
+    """
+    of_batch = op.product.of_batch  # type: ignore[attr-defined]
+    if of_batch.product is not by_derivatives:
+        return op, of_batch.product
+    params, data = op.operands
+    batch = contract.widened(dataset.first(data))
+    way = way_of(of_batch.gradient(batch, params), params, params)
+    return LinearOperator(OverExamples(_OfBatch(of_batch.loss, way)), op.space, op.operands), way
 
 
 @dataclasses.dataclass(frozen=True)
-class _HessianProduct:
+class _OfBatch:
     loss: Loss
+    product: HessianProduct
 
     def __call__(self, batch: ArrayTree, params: ArrayTree, v: ArrayTree) -> ArrayTree:
+        return self.product(self.gradient(batch, params), params, v)
+
+    def gradient(self, batch: ArrayTree, params: ArrayTree) -> Gradient:
         contract.check(self.loss, params, batch)
         # At params that are not finite there is no curvature, also where the product does not read them; nor where the
         # loss is not, whatever its derivatives say.
@@ -58,21 +79,4 @@ class _HessianProduct:
             holds = finite & jnp.isfinite(lax.stop_gradient(value))
             return value * jnp.where(holds, 1, jnp.nan).astype(value.dtype)
 
-        gradient = jax.grad(known)
-        forward = lambda params, v: jax.jvp(gradient, (params,), (v,))[1]
-        closed, like = jax.make_jaxpr(forward, return_shape=True)(params, v)
-        if "custom_lin[" in str(closed.jaxpr) and not _compiles(closed):
-            return jax.vjp(gradient, params)[1](v)[0]
-        return jax.tree.unflatten(jax.tree.structure(like), jaxpr_as_fun(closed)(*jax.tree.leaves((params, v))))
-
-
-def _compiles(closed: ClosedJaxpr) -> bool:
-    """Whether a product by forward differentiation meets no function that has a reverse rule only; what is not used of
-    one does not matter, so that it is not enough to look."""
-    try:
-        jax.jit(jaxpr_as_fun(closed)).lower(*closed.in_avals)
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        return False
-    return True
+        return jax.grad(known)

@@ -9,7 +9,8 @@ from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature._eigsh import eigsh
 from jaxnet.curvature._hessian import hessian
-from jaxnet.curvature._operators import leaf_names, restrict
+from jaxnet.curvature._operators import restrict
+from jaxnet.curvature._products import HessianProduct, by_derivatives
 from jaxnet.curvature._search import Eigenpairs
 
 
@@ -22,6 +23,7 @@ def layer_sharpness(
     key: Array,
     groups: Mapping[str, ArrayTree | str] | None = None,
     tol: float = 1e-3,
+    product: HessianProduct = by_derivatives,
 ) -> dict[str, Eigenpairs]:
     """λ_max of each layer's diagonal block of the Hessian: the limit 2/λ of a rate for that layer alone.
 
@@ -35,6 +37,7 @@ def layer_sharpness(
       groups: a name for each group of leaves, and what `restrict` takes for it, such as ``{"biases": "*/bias"}``. By
         default the leaves that lie together are a group, which has their path as its name.
       tol: relative accuracy of each value.
+      product: how Hv is had, as for `hessian`.
 
     Returns:
       The `Eigenpairs` of each group, by its name.
@@ -42,10 +45,9 @@ def layer_sharpness(
     Raises:
       TypeError, ValueError: the arguments do not fit the contract, or a group names no leaf.
     """
-    op = hessian(loss, params, batch)
+    op = hessian(loss, params, batch, product=product)
     if groups is None:
-        names = leaf_names(op.space.structure)
-        layers = [name.rpartition("/")[0] for name in names]
+        layers = [name.rpartition("/")[0] for name in op.space.names]
         groups = {
             layer or "params": jax.tree.unflatten(op.space.structure, [other == layer for other in layers])
             for layer in dict.fromkeys(layers)

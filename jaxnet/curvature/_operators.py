@@ -57,6 +57,11 @@ class Space:
         """The dimension n."""
         return sum(self.sizes)
 
+    @property
+    def names(self) -> list[str]:
+        """The leaves' names, as `restrict` matches them."""
+        return contract.leaf_names(jax.tree.unflatten(self.structure, self.sizes))
+
     def check(self, name: str, tree: ArrayTree) -> None:
         """Raise unless ``tree`` belongs to the space, by structure and shapes.
 
@@ -206,20 +211,14 @@ def _flattened(op: LinearOperator, v: tuple[Array, ...]) -> tuple[Array, ...]:
     return op.space.ravel(op @ op.space.unravel(v))
 
 
-def leaf_names(structure: Any) -> list[str]:
-    """The leaves' names as a person writes them, ``0/kernel``."""
-    tree = jax.tree.unflatten(structure, range(structure.num_leaves))
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-
-
 def restrict(op: LinearOperator, mask: ArrayTree | str) -> LinearOperator:
     """The diagonal block of A that belongs to some leaves of params: one layer, or weights without biases.
 
     Args:
       op: the operator A.
       mask: a pytree of bools like params, or a prefix of it (one bool for a whole layer): True keeps. Or a pattern of
-        the leaves' names, such as ``"0/*"`` or ``"*/kernel"``, in which a star stands for any characters.
+        the leaves' names, as ``op.space.names`` lists them, such as ``"0/*"`` or ``"*/kernel"``, in which a star stands
+        for any characters.
 
     Returns:
       An operator over params in which the leaves left out are None.
@@ -229,7 +228,7 @@ def restrict(op: LinearOperator, mask: ArrayTree | str) -> LinearOperator:
       ValueError: the mask does not fit params, or keeps nothing.
     """
     if isinstance(mask, str):
-        names = leaf_names(op.space.structure)
+        names = op.space.names
         matching = [fnmatch.fnmatchcase(name, mask) for name in names]
         if not any(matching):
             raise ValueError(f"mask: no leaf's name is like {mask!r}; they are {', '.join(names)}")

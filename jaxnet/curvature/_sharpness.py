@@ -13,8 +13,9 @@ from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import _bound
 from jaxnet.curvature._follow import LEADING, Leading, follow
-from jaxnet.curvature._hessian import hessian
+from jaxnet.curvature._hessian import chosen, hessian
 from jaxnet.curvature._operators import LinearOperator
+from jaxnet.curvature._products import Differences, HessianProduct, by_derivatives, pushforward, words_of
 from jaxnet.curvature._search import Eigensolver
 
 # Examples whose own Hessian products are taken together.
@@ -32,13 +33,17 @@ class Sharpness:
       residual_norm: ‖Hv − θv‖.
       upper_bound: at least λ_max with probability 1 − failure_probability, so that 2/upper_bound is safe; NaN
         after a warm start, for which the bound does not hold, and where the loss goes through half precision. Params
-        and a batch in half precision are taken as the same numbers in float32, and λ_max is of that matrix.
+        and a batch in half precision are taken as the same numbers in float32, and λ_max is of that matrix. Of
+        differences it holds as far as ``product_error`` does, which is added √num_matvecs times.
       num_matvecs: Hessian products spent.
-      converged: whether θ was found to be within the tolerance.
+      converged: whether θ was found to be within the tolerance, ``product_error`` included.
       leading: a unit eigenvector and the two Ritz vectors next to it, leaves (3, ...), from which a check nearby
         starts: one alone would hide what has overtaken it. The eigenvector alone where ``ncv`` was given.
       sampling_error: the standard error of vᵀHv over the examples, √(Var vᵀH_n v/N): how far, to first order, λ_max of
         the distribution that the batch was drawn from may be; NaN unless asked for.
+      product_error: how far a product may be from Hv, for a unit v: of differences, the most by which those of twice
+        the step differ along ``leading``, which overestimates it where the step is short enough; 0 of derivatives.
+      product: how Hv was had, "forward over reverse", "reverse over reverse" or "differences of gradients".
     """
 
     value: Array
@@ -48,6 +53,8 @@ class Sharpness:
     converged: Array
     leading: ArrayTree
     sampling_error: Array
+    product_error: Array
+    product: str = dataclasses.field(metadata={"static": True})
 
     @property
     def vector(self) -> ArrayTree:
@@ -69,6 +76,7 @@ def sharpness(
     failure_probability: float = 0.05,
     subsample: int | None = None,
     sampling_error: bool = False,
+    product: HessianProduct = by_derivatives,
 ) -> Sharpness:
     """λ_max of ∂²E/∂ω∂ω′: gradient descent on E is stable at ω for rates below 2/λ_max.
 
@@ -86,6 +94,8 @@ def sharpness(
       subsample: start from the eigenvector of this many examples, drawn at random. It saves half of the products with
         all of the data or more, which alone are counted; the start is then a warm one.
       sampling_error: whether to measure it, by one more product an example.
+      product: how Hv is had, as for `hessian`; where there are no derivatives, `Differences` are taken without a word
+        but that in the result.
 
     Returns:
       A `Sharpness`.
@@ -107,11 +117,11 @@ def sharpness(
         raise ValueError(f"failure_probability: expected a number in (0, 1), got {failure_probability}")
     contract.check_tolerance(tol)
     batch = dataset.of(batch)
-    op = hessian(loss, params, batch)
+    op = hessian(loss, params, batch, product=product)
     if subsample is not None:
         if v0 is not None:
             raise ValueError("subsample: the start is v0 already; give one of the two")
-        v0 = _from_subsample(loss, params, batch, subsample, key, tol)
+        v0 = _from_subsample(loss, params, batch, subsample, key, tol, product)
     target = _bound.log_inverse_share(op.space.size, failure_probability)
     solver = Eigensolver(op.space, max_matvecs=max_matvecs, ncv=ncv)
     return _measure(loss, op, v0, key, tol, target, solver, sampling_error)
@@ -128,6 +138,7 @@ def _measure(
     solver: Eigensolver,
     sampling_error: bool,
 ) -> Sharpness:
+    op, way = chosen(op)
     if v0 is None:
         pairs, end = solver.search(op, solver.start(key), tol)
         num_leading = LEADING if solver.ncv is None else 1
@@ -143,52 +154,63 @@ def _measure(
     else:
         found = follow(op, v0, tol, key=key, max_matvecs=solver.max_matvecs)
         bound = jnp.full_like(found.value, jnp.nan)
+    error = _product_error(op, way, found.vectors) if isinstance(way, Differences) else jnp.zeros_like(found.value)
     params, data = op.operands
     vector = jax.tree.map(lambda x: x[0], found.vectors)
+    spread = _sampling_error(loss, way, params, data, vector) if sampling_error else jnp.full_like(bound, jnp.nan)
     return Sharpness(
         value=found.value,
         residual_norm=found.residual_norm,
-        upper_bound=bound,
+        # What the products miss is what those of another matrix would, and that is as near in norm as all misses
+        # together (Kahan, Parlett & Jiang 1982); its λ_max is as near.
+        upper_bound=bound + jnp.sqrt(found.num_matvecs.astype(bound.dtype)) * error,
         num_matvecs=found.num_matvecs,
-        converged=found.converged,
+        converged=found.converged & (error <= tol * jnp.abs(found.value)),
         leading=found.vectors,
-        sampling_error=_sampling_error(loss, params, data, vector) if sampling_error else jnp.full_like(bound, jnp.nan),
+        sampling_error=spread,
+        product_error=error,
+        product=words_of(way),
     )
 
 
-def _from_subsample(loss: Loss, params: ArrayTree, batch: Any, size: int, key: Array, tol: float) -> ArrayTree:
+def _product_error(op: LinearOperator, way: Differences, vectors: ArrayTree) -> Array:
+    params, data = op.operands
+    other = hessian(op.product.of_batch.loss, params, data, product=way.doubled)  # type: ignore[attr-defined]
+    apart = dataset.map(lambda v: optax.tree.norm((op - other) @ v), vectors, data=data)
+    return lax.stop_gradient(apart.max())
+
+
+def _from_subsample(
+    loss: Loss, params: ArrayTree, batch: Any, size: int, key: Array, tol: float, product: HessianProduct
+) -> ArrayTree:
     dataset.check_in_memory("subsample", batch, "pass the eigenvector of one of its batches as v0")
     n = contract.num_examples(batch)
     if not 1 <= size <= n:
         raise ValueError(f"subsample: expected 1 to {n}, the number of examples, got {size}")
     rows = jax.random.choice(jax.random.fold_in(key, 1), n, (size,), replace=False)
     part = jax.tree.map(lambda x: jnp.asarray(x)[rows], batch)
-    return sharpness(loss, params, part, key=key, tol=tol).leading
+    return sharpness(loss, params, part, key=key, tol=tol, product=product).leading
 
 
-def _sampling_error(loss: Loss, params: ArrayTree, data: Any, vector: ArrayTree) -> Array:
-    forms = dataset.rows(_QuadraticForms(loss), data, params, vector)
+def _sampling_error(loss: Loss, way: HessianProduct, params: ArrayTree, data: Any, vector: ArrayTree) -> Array:
+    forms = dataset.rows(_QuadraticForms(loss, way), data, params, vector)
     # One example has no spread: NaN.
     return jnp.std(forms) / jnp.sqrt(forms.size - 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _QuadraticForms:
-    """vᵀH_nv of each example of a batch, some at a time."""
+    """vᵀH_nv of each example of a batch, some at a time: by derivatives forwards alone, half of a product's work."""
 
     loss: Loss
+    way: HessianProduct
 
     def __call__(self, batch: Any, params: ArrayTree, vector: ArrayTree) -> Array:
-        own = lambda p, example: self.loss(p, jax.tree.map(lambda x: x[None], example))
-        one = jax.tree.map(lambda x: x[0], batch)
-        # Twice forwards is half of the work, where no function has a rule for reverse only.
-        forwards = "custom_vjp_call" not in str(jax.make_jaxpr(own)(params, one).jaxpr)
-
         def of_example(example: ArrayTree) -> Array:
-            slope = lambda p: jax.jvp(lambda p: own(p, example), (p,), (vector,))[1]
-            if forwards:
-                return jax.jvp(slope, (params,), (vector,))[1]
-            op = hessian(self.loss, params, jax.tree.map(lambda x: x[None], example))
-            return optax.tree.vdot(vector, op @ vector)
+            one = jax.tree.map(lambda x: x[None], example)
+            if isinstance(self.way, Differences):
+                return optax.tree.vdot(vector, hessian(self.loss, params, one, product=self.way) @ vector)
+            slope = lambda p: pushforward(lambda p: self.loss(p, one), p, vector)[1]
+            return pushforward(slope, params, vector)[1]
 
         return dataset.rows(jax.vmap(of_example), jax.tree.map(jnp.asarray, batch), size=_AT_ONCE)

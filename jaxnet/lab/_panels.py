@@ -3,12 +3,19 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxnet.curvature import Eigenpairs, Sharpness, SpectralDensity, Track, TrackObserver
+from jaxnet.curvature import Eigenpairs, Landscape, Sharpness, SpectralDensity, Track, TrackObserver
+from jaxnet.lab._landscapes import of_densities, of_density, of_landscape
 from jaxnet.lab.record import Line, Panel, Record, Series
-from jaxnet.learning_rate import Analysis, MeasuredSgdStability, MeasuredStability, RangeTest, Stability
+from jaxnet.learning_rate import (
+    Analysis,
+    CriticalSharpness,
+    MeasuredSgdStability,
+    MeasuredStability,
+    RangeTest,
+    Stability,
+)
 from jaxnet.per_example import NoiseScale
 from jaxnet.training import FitResult
 
@@ -197,45 +204,17 @@ def _followed(of_what: str, x: Any, y: Any) -> Panel:
     )
 
 
-def of_density(
-    found: SpectralDensity, *, count: int | None = None, tops: Any = (), smallest: float | None = None
-) -> list[Panel]:
-    """The density of eigenvalues, smoothed, with the band of its error; of ``count`` of them, or as shares.
-
-    Args:
-      found: the density.
-      count: n, how many eigenvalues there are.
-      tops: the largest of them, known one by one.
-      smallest: the smallest, known too.
-    """
-    if found.nodes.ndim != 2:
-        raise ValueError(f"plot: expected one density, of nodes (probes, steps), got nodes {found.nodes.shape}")
-    n, tops = 1 if count is None else count, np.asarray(tops)
-    low, high = min(float(found.nodes.min()), 0.0), max(float(found.nodes.max()), *tops[:1].tolist(), 0.0)
-    width = max(high - low, 1e-30) / 150
-    points = np.linspace(low - 4 * width, high + 4 * width, 800)
-    mean, error = (n * np.asarray(x) for x in found.density(jnp.asarray(points, found.nodes.dtype), width))
-    single = 1 / (width * np.sqrt(2 * np.pi))
-    # Below a hundredth of one eigenvalue's peak there is nothing to see on a log axis.
-    least = single / 100 if count is not None else 1e-6 * mean.max()
-    shown = lambda y: np.where(y > least, y, np.nan)
-    known = Series("peak of each of the largest, one by one", tops, np.full(len(tops), single), "points", 1)
-    return [
-        Panel(
-            name="spectral_density",
-            title=f"Density of the {'' if count is None else f'{count} '}eigenvalues, smoothed by {width:.2g}",
-            xlabel="eigenvalue",
-            ylabel=f"{'share of ' if count is None else ''}eigenvalues per unit",
-            series=[
-                Series(f"mean of {len(found.nodes)} random probes", points, shown(mean), "line", 0),
-                Series("95 % band of that mean", points, shown(mean + 1.96 * error), "dashed", 0),
-                Series("", points, shown(mean - 1.96 * error), "dashed", 0),
-                *([known] if tops.size else []),
-            ],
-            lines=[] if smallest is None else [Line("λ_min", smallest)],
-            yscale="log",
-        )
-    ]
+def of_critical(found: CriticalSharpness) -> list[Panel]:
+    """λ_c, between the ends of its bracket; along time where they were stacked."""
+    title, values = (
+        "Critical sharpness 2/η_c, from the rate at which a step stops to lower the loss",
+        _along(found.value),
+    )
+    lines = []
+    if values.size == 1:
+        low, high = np.ravel(2 / found.bracket)
+        lines = [Line("2/η, the bracket's lower η", float(low), "y"), Line("its higher η", float(high), "y")]
+    return [_along_time("critical_sharpness", title, "λ_c", {"λ_c": values}, lines=lines)]
 
 
 def of_eigenpairs(found: Eigenpairs, title: str = "Eigenvalues found, in descending order") -> list[Panel]:
@@ -376,13 +355,19 @@ _DRAWN: dict[type, Callable[[Any], Sequence[Panel]]] = {
     MeasuredStability: of_measured,
     MeasuredSgdStability: of_measured_sgd,
     Stability: of_stability,
+    CriticalSharpness: of_critical,
     Sharpness: of_sharpness,
     Eigenpairs: of_eigenpairs,
     SpectralDensity: of_density,
+    Landscape: of_landscape,
     Track: of_track,
     TrackObserver: of_track_observer,
     FitResult: of_fit,
     NoiseScale: of_noise_scale,
     Record: of_record,
 }
-_DRAWN_IN_LISTS: dict[type, Callable[[Any], Sequence[Panel]]] = {Track: of_track, FitResult: of_sweep}
+_DRAWN_IN_LISTS: dict[type, Callable[[Any], Sequence[Panel]]] = {
+    Track: of_track,
+    SpectralDensity: of_densities,
+    FitResult: of_sweep,
+}

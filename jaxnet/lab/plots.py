@@ -30,9 +30,10 @@ def plot(result: Any) -> "Figure":
     """Any result of the library as one matplotlib figure.
 
     Args:
-      result: an `Analysis`, a `RangeTest`, a measured limit, a `Stability`; a `Sharpness`, `Eigenpairs`, a
-        `SpectralDensity`, a `Track` (of one update, stacked by a scan, or a list of them), a `TrackObserver`; a
-        `FitResult`, or a list of them as `sweep` returns; a `NoiseScale`; or a `jaxnet.lab.record.Record`.
+      result: an `Analysis`, a `RangeTest`, a measured limit, a `Stability`, a `CriticalSharpness`; a `Sharpness`,
+        `Eigenpairs`, a `Landscape`, a `SpectralDensity` or a `Track` (one, several stacked, or a list of them), a
+        `TrackObserver`; a `FitResult`, or a list of them as `sweep` returns; a `NoiseScale`; or a
+        `jaxnet.lab.record.Record`.
 
     Returns:
       A figure of one panel or several, to be saved with ``figure.savefig(path)``, and shown by a notebook; no window

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from jaxnet import contract, curvature, learning_rate, training
-from jaxnet.contract import Array, ArrayTree, UserError, check_batch_size
+from jaxnet.contract import Array, ArrayTree, UserError, check_batch_size, leaf_names
 from jaxnet.curvature import Eigenpairs, LinearOperator
 from jaxnet.lab import _panels, record
 from jaxnet.lab._task import OnStage, Task, TaskConfig, check_count, keys_of, make_task, rate_of
@@ -65,7 +65,8 @@ def stages(config: SpectrumConfig, on_stage: OnStage = lambda stage, share: None
     found = _with_layers(found, task, params, keys[3])
     yield found
     on_stage("density", begins + 0.7 * (1 - begins))
-    yield _with_density(config, found, op, keys[4])
+    initial = curvature.hessian(task.loss, task.params, batch) if config.num_epochs else None
+    yield _with_density(config, found, op, initial, keys[4])
     on_stage("done", 1.0)
 
 
@@ -139,9 +140,9 @@ def _with_layers(found: Record, task: Task, params: ArrayTree, key: Array) -> Re
     whole = float(found.measurements["eigenvalues"][0])
     of = functools.partial(curvature.layer_sharpness, task.loss, params, task.sample, key=key)
     named = {f"layer {name}" if name.isdigit() else name: pairs for name, pairs in of().items()}
-    kernels = jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
-    if any(jax.tree.leaves(kernels)) and not all(jax.tree.leaves(kernels)):
-        named |= of(groups={"weights without biases": kernels})
+    kernels = ["kernel" in name for name in leaf_names(params)]
+    if any(kernels) and not all(kernels):
+        named |= of(groups={"weights without biases": "*kernel*"})
     values = {name: float(pairs.values[0]) for name, pairs in named.items()}
     # Where the outputs saturate there may be no curvature left.
     share = lambda value: f"{value / whole:.0%} of the whole" if whole > 0 else ""
@@ -167,8 +168,13 @@ def _with_layers(found: Record, task: Task, params: ArrayTree, key: Array) -> Re
     )
 
 
-def _with_density(config: SpectrumConfig, found: Record, op: LinearOperator, key: Array) -> Record:
-    density = curvature.spectral_density(op, key=key, num_probes=config.num_probes, num_steps=config.num_steps)
+def _with_density(
+    config: SpectrumConfig, found: Record, op: LinearOperator, initial: LinearOperator | None, key: Array
+) -> Record:
+    of = functools.partial(
+        curvature.spectral_density, key=key, num_probes=config.num_probes, num_steps=config.num_steps
+    )
+    density = of(op)
     n = op.space.size
     mean, error = (n * float(x) for x in density.mean(density.nodes))
     flat, _ = density.cumulative(jnp.array([-1e-3, 1e-3]) * found.measurements["eigenvalues"][0], 1e-9)
@@ -180,4 +186,9 @@ def _with_density(config: SpectrumConfig, found: Record, op: LinearOperator, key
     measurements = {**found.measurements, "trace": mean, "trace_error": error, **dataclasses.asdict(density)}
     tops, smallest = found.measurements["eigenvalues"], float(found.measurements["smallest"])
     panels = [*found.panels, *_panels.of_density(density, count=n, tops=tops, smallest=smallest)]
+    if initial is not None:
+        before = of(initial)
+        measurements["initial"] = dataclasses.asdict(before)
+        labels = ["at the initial parameters", f"after {config.num_epochs} epochs"]
+        panels += _panels.of_densities([before, density], labels)
     return dataclasses.replace(found, rows=rows, measurements=measurements, panels=panels)

@@ -2,6 +2,7 @@
 
 from jaxnet.learning_rate._adaptive import ScaleBySharpnessState, scale_by_sharpness, sharpness_sgd
 from jaxnet.learning_rate._analysis import Analysis, analyse
+from jaxnet.learning_rate._critical import CriticalSharpness, critical_sharpness
 from jaxnet.learning_rate._mean_square import sgd_stability, stationary_excess
 from jaxnet.learning_rate._measured import MeasuredStability, measure_stability
 from jaxnet.learning_rate._population import MeasuredSgdStability, in_mean_square, measure_sgd_stability, one_by_one
@@ -18,6 +19,7 @@ from jaxnet.learning_rate._stability import Stability, stability
 
 __all__ = [
     "Analysis",
+    "CriticalSharpness",
     "MeasuredStability",
     "NoisyCurvature",
     "RangeTest",
@@ -25,6 +27,7 @@ __all__ = [
     "MeasuredSgdStability",
     "Stability",
     "analyse",
+    "critical_sharpness",
     "for_batch_size",
     "greedy",
     "in_mean_square",

@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree
-from jaxnet.curvature import LEADING, LinearOperator, Space, follow
+from jaxnet.curvature import LEADING, LinearOperator, Space, by_derivatives, follow
 from jaxnet.training import ValueFn, is_masked
 
 # A rate needs λ_max to so much, no more.
@@ -57,7 +57,7 @@ class _Product:
     value_fn: Callable[[ArrayTree], Array]
 
     def __call__(self, params: ArrayTree, v: ArrayTree) -> ArrayTree:
-        return jax.jvp(jax.grad(self.value_fn), (params,), (v,))[1]
+        return by_derivatives(jax.grad(self.value_fn), params, v)
 
 
 def scale_by_sharpness(

@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxnet import dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature import LinearOperator, Space, gauss_newton, hessian
+from jaxnet.curvature import LinearOperator, Space, gauss_newton, hessian, pushforward
 from jaxnet.losses import MeanLoss
 
 
@@ -28,7 +28,7 @@ def curvature(loss: Loss, params: ArrayTree, data: Any) -> LinearOperator:
 
 
 def forms(loss: Loss, params: ArrayTree, data: Any, left: ArrayTree, right: ArrayTree, *, size: int) -> Array:
-    """v′C_n w (N, K) of each example's C_n, for K pairs of directions: derivatives forwards only.
+    """v′C_n w (N, K) of each example's C_n, for K pairs of directions: derivatives forwards only, where there are.
 
     Args:
       loss: a mean over independent examples.
@@ -57,8 +57,8 @@ def _of_outputs(loss: Loss, batch: Any, params: ArrayTree, v: ArrayTree, w: Arra
     """(J_n v)′ (∂²ℓ_n/∂o∂o′) J_n w."""
     parts: MeanLoss = losses.parts_of(loss)[0]
     network = lambda p: parts.outputs(p, batch)
-    outputs, along = jax.jvp(network, (params,), (v,))
-    other = jax.jvp(network, (params,), (w,))[1]
+    outputs, along = pushforward(network, params, v)
+    other = pushforward(network, params, w)[1]
     slopes = jax.grad(lambda o: parts.criterion(o, batch[1]).sum())
     curved = jax.jvp(slopes, (outputs,), (other,))[1]
     return (along * curved).reshape(along.shape[0], -1).sum(axis=1)
@@ -67,5 +67,5 @@ def _of_outputs(loss: Loss, batch: Any, params: ArrayTree, v: ArrayTree, w: Arra
 def _of_losses(loss: Loss, batch: Any, params: ArrayTree, v: ArrayTree, w: ArrayTree) -> Array:
     """∂²E_n(ω + av + bw)/∂a∂b."""
     values = lambda p: jax.vmap(lambda example: loss(p, jax.tree.map(lambda x: x[None], example)))(batch)
-    slope = lambda p: jax.jvp(values, (p,), (v,))[1]
-    return jnp.asarray(jax.jvp(slope, (params,), (w,))[1])
+    slope = lambda p: pushforward(values, p, v)[1]
+    return jnp.asarray(pushforward(slope, params, w)[1])

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxnet import losses
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature import Eigensolver, LinearOperator, Space
+from jaxnet.curvature import Eigensolver, LinearOperator, Space, pushforward
 from jaxnet.learning_rate._settled import Recursion
 
 # Examples that moments are followed over, those whose directions span them, and directions of each.
@@ -137,11 +137,12 @@ def factors(loss: Loss, params: ArrayTree, data: ArrayTree, root: Array, key: Ar
 
     def of_example(example: ArrayTree) -> Array:
         one = jax.tree.map(lambda x: x[None], example)
-        outputs, pull = jax.vjp(lambda p: parts.outputs(p, one), params)
+        network = lambda p: parts.outputs(p, one)
+        outputs, pull = jax.vjp(network, params)
         slope = jax.grad(lambda o: parts.criterion(o, one[1]).sum())
 
         def product(v: Array) -> Array:
-            along = jax.jvp(lambda p: parts.outputs(p, one), (params,), (unravel(root * v),))[1]
+            along = pushforward(network, params, unravel(root * v))[1]
             return root * ravel_pytree(pull(jax.jvp(slope, (outputs,), (along,))[1])[0])[0]
 
         # Twice the same, of which the first time only gives the directions: so it is compiled once.

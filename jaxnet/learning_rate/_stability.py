@@ -142,10 +142,9 @@ def _without(reason: str, rate: Array, params: ArrayTree, num_matvecs: Array | i
 
 
 def _check_precision(params: ArrayTree, opt_state: Any) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "opt_state": opt_state}):
+    for name, leaf in [*contract.called("params", params), *contract.called("opt_state", opt_state)]:
         dtype = jnp.result_type(leaf)
         if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).eps > jnp.finfo(jnp.float32).eps:
-            name = f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
             raise TypeError(f"{name}: a limit needs float32 or float64, got {dtype}, in which momentum is rounded off")
 
 

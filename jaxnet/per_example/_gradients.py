@@ -49,12 +49,12 @@ class PerExampleGradients:
 
     @property
     def plan(self) -> dict[str, str]:
-        """For each leaf of params, how its gradients are held, and why."""
+        """For each leaf of params, by its name, how its gradients are held, and why."""
         batch = dataset.first(self.batch)
         found = _taps.trace(self.loss, self.params, batch)
         factors = self.factors or _shapes(self.loss, self.params, batch)
-        paths = [f"params{jax.tree_util.keystr(p)}" for p, _ in jax.tree_util.tree_leaves_with_path(self.params)]
-        return {path: described(tap, held) for path, tap, held in zip(paths, found.taps, factors, strict=True)}
+        names = contract.leaf_names(self.params)
+        return {name: described(tap, held) for name, tap, held in zip(names, found.taps, factors, strict=True)}
 
     @dataset.on_automatic_axes
     def rows(self, method: Callable[..., Any], *given: Any) -> Any:

@@ -168,26 +168,3 @@ def test_params_in_half_precision_are_certified_as_the_same_numbers_in_float32(d
     half = lambda p, b: loss(jax.tree.map(lambda x: x.astype(dtype), p), (b[0].astype(dtype), b[1])).astype(jnp.float32)
     found = curvature.sharpness(half, rounded, batch, key=KEY)
     assert jnp.isnan(found.upper_bound)
-
-
-@jax.custom_vjp
-def power(x, n):
-    """x^n, by a rule that calls the function itself: no forward differentiation."""
-    return x**n
-
-
-power.defvjp(lambda x, n: (power(x, n), (x, n)), lambda kept, g: (g * kept[1] * power(kept[0], kept[1] - 1), None))
-
-
-def test_a_function_with_a_reverse_rule_only(x64):
-    x = jnp.array([[1.0, 2.0], [-1.0, 0.5], [0.3, -2.0]])
-    own = lambda params, batch: jnp.mean(power(batch @ params, 4.0))
-    plain = lambda params, batch: jnp.mean((batch @ params) ** 4)
-    params = jnp.array([0.4, -0.7])
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(jax.grad(own), (params, x), (params, x))
-    found = curvature.sharpness(own, params, x, key=KEY, tol=1e-8)
-    np.testing.assert_allclose(found.value, np.linalg.eigvalsh(jax.hessian(plain)(params, x))[-1], rtol=1e-7)
-    for loss in (own, losses.chunked(own, 2)):
-        product = curvature.hessian(loss, params, x) @ jnp.ones(2)
-        np.testing.assert_allclose(product, jax.hessian(plain)(params, x) @ jnp.ones(2), rtol=1e-10)

@@ -38,8 +38,9 @@ def test_the_search_over_batches_is_the_search_over_the_whole(mlp_problem):
     np.testing.assert_allclose(streamed.value, whole.value, rtol=1e-8)
     np.testing.assert_allclose(streamed.upper_bound, whole.upper_bound, rtol=1e-5)
     assert int(streamed.num_matvecs) == int(whole.num_matvecs)
-    # One pass a product, two to see that the batches stay the same, and one begun to see whether its examples couple.
-    assert loader.passes == int(streamed.num_matvecs) + 3
+    # One pass a product, two to see that the batches stay the same, and two begun: whether its examples couple, and
+    # which derivatives it has.
+    assert loader.passes == int(streamed.num_matvecs) + 4
 
 
 def test_a_list_of_batches_is_a_stream_and_a_list_of_arrays_is_a_batch(mlp_problem):

@@ -60,15 +60,19 @@ def test_analyse_writes_a_record_and_figures(small):
 
 
 def test_spectrum_writes_a_record_and_figures(tmp_path):
-    done = jaxnet("spectrum", *SMALL, "--num-eigenvalues", 3, "--dtype", "float64", "--out", tmp_path / "out")
+    given = "--num-eigenvalues", 3, "--num-epochs", 1, "--batch-size", 10, "--dtype", "float64"
+    done = jaxnet("spectrum", *SMALL, *given, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    names = {"record.json", "report.html", "top_eigenvalues.png", "sharpness_of_parts.png", "spectral_density.png"}
+    figures = ("top_eigenvalues", "sharpness_of_parts", "spectral_density", "spectral_densities")
+    names = {"record.json", "report.html", *(f"{name}.png" for name in figures)}
     assert names == {path.name for path in (tmp_path / "out").iterdir()}
     found = json.loads((tmp_path / "out" / "record.json").read_text())
     values = found["measurements"]["eigenvalues"]
     # The linear neuron on two Gaussians: 1 of the bias, .80 + σ² and σ² of the weights, give or take the draw.
     np.testing.assert_allclose(values, [1.0, 0.84, 0.04], rtol=0.2)
     np.testing.assert_allclose(found["measurements"]["smallest"], values[2], rtol=1e-5)
+    # A quadratic's Hessian is the same at the start.
+    np.testing.assert_allclose(found["measurements"]["initial"]["nodes"], found["measurements"]["nodes"], rtol=1e-6)
     assert abs(found["measurements"]["trace"] - sum(values)) <= 4 * found["measurements"]["trace_error"]
     assert all(claim["passed"] for claim in found["claims"])
     for word in ("λ_3", "λ_min", "weights without biases", "trace"):

@@ -214,6 +214,50 @@ def test_spectral_density(operator):
     assert panel.lines[0].value == -0.1
 
 
+def test_spectral_densities_along_a_run(operator):
+    """Listed, as an observer collects them, and stacked, as a scan does."""
+    several = [curvature.spectral_density(s * operator, key=KEY, num_probes=2, num_steps=8) for s in (1.0, 2.0, 4.0)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *several)
+    for found in (several, stacked):
+        (axes,) = axes_of(found, 1)
+        width = (max(several[2].nodes.max(), 0) - min(several[2].nodes.min(), 0)) / 150
+        for i, one in enumerate(several):
+            x, y = line(axes, f"point {i + 1} of 3")
+            shown = np.isfinite(y)
+            np.testing.assert_allclose(y[shown], one.density(jnp.asarray(x), width)[0][shown], rtol=1e-3)
+            assert np.trapezoid(np.nan_to_num(y), x) == pytest.approx(1, abs=0.01)
+    (axes,) = axes_of([several[0]] * 30, 1)
+    assert len(axes.get_lines()) == 7
+    assert line(axes, "point 30 of 30")
+    with pytest.raises(ValueError, match="densities of nodes"):
+        jaxnet.plot(jax.tree.map(lambda x: x[None], stacked))
+
+
+def test_landscape(operator):
+    pairs = curvature.eigsh(operator, 2, key=KEY)
+    found = curvature.landscape(LOSS, PARAMS, BATCH, jax.tree.map(lambda x: x[0], pairs.vectors), num_points=9)
+    (axes,) = axes_of(found, 1)
+    holds(line(axes, "loss"), found.coordinates, found.losses)
+    x, y = line(axes, "parabola")
+    near = np.isfinite(y)
+    assert near.any()
+    np.testing.assert_allclose(y[near], found.parabolas[0][near], rtol=1e-6)
+    assert f"{float(found.curvatures[0]):.3g}" in axes.get_legend().get_texts()[1].get_text()
+    plane = curvature.landscape(LOSS, PARAMS, BATCH, pairs.vectors, num_points=5)
+    (panel,) = _panels.of(plane)
+    np.testing.assert_array_equal(panel.contours.z, plane.losses.T)
+    axes_of(plane, 1)
+    with pytest.raises(ValueError, match="no loss of this landscape is finite"):
+        jaxnet.plot(jax.tree.map(lambda x: x * jnp.nan, plane))
+
+
+def test_critical_sharpness():
+    found = learning_rate.critical_sharpness(LOSS, PARAMS, BATCH)
+    assert bars(axes_of(found, 1)[0]) == [pytest.approx(float(found.value))]
+    several = jax.tree.map(lambda x: jnp.stack([x, x]), found)
+    holds(line(axes_of(several, 1)[0], "λ_c"), [0, 1], [found.value] * 2)
+
+
 def test_eigenpairs(operator):
     found = curvature.eigsh(operator, 3, key=KEY)
     values, residuals = axes_of(found, 2)
@@ -281,14 +325,14 @@ def test_record():
 ROOMS = (curvature, learning_rate, per_example, training)
 # Results, and what else is a class, of which no figure would tell anything.
 REFUSED = {
-    "Best", "Checkpoints", "Eigensolver", "Estimate", "FitProgress", "History", "JsonLines", "Leading",
-    "LinearOperator", "NoisyCurvature",
-    "OnlineSharpness", "Solution", "TensorBoard",
+    "Best", "Checkpoints", "Differences", "Eigensolver", "Estimate", "FitProgress", "History", "JsonLines", "Leading",
+    "LinearOperator", "NoisyCurvature", "OnlineSharpness", "Solution", "TensorBoard",
     "PerExampleGradients", "ScaleBySharpnessState", "Space", "StopRule", "Stopped", "Tracker", "TrainState", "ValueFn",
 }  # fmt: skip
 DRAWN = {
-    "Analysis", "Eigenpairs", "FitResult", "MeasuredStability", "MeasuredSgdStability", "NoiseScale",
-    "RangeTest", "Sharpness", "SpectralDensity", "Stability", "Track", "TrackObserver",
+    "Analysis", "CriticalSharpness", "Eigenpairs", "FitResult", "Landscape", "MeasuredSgdStability",
+    "MeasuredStability", "NoiseScale", "RangeTest", "Sharpness", "SpectralDensity", "Stability", "Track",
+    "TrackObserver",
 }  # fmt: skip
 
 
@@ -324,7 +368,7 @@ def test_anything_else_is_a_type_error_in_one_sentence(thing, words):
         jaxnet.plot(thing)
     text = str(caught.value)
     assert text.startswith("plot: expected one of Analysis, RangeTest, ")
-    assert text.endswith(f"or a list of one of Track, FitResult; got {words}")
+    assert text.endswith(f"or a list of one of Track, SpectralDensity, FitResult; got {words}")
     assert "\n" not in text
     for name in DRAWN:
         assert name in text
