@@ -139,6 +139,13 @@ def check_params(params: ArrayTree) -> None:
             raise TypeError(f"{name}: expected a floating array, got {dtype}; keep what is not trained out of params")
 
 
+def leaf_names(structure: Any) -> list[str]:
+    """The names of a structure's leaves as a person writes them, ``0/kernel``."""
+    tree = jax.tree.unflatten(structure, range(structure.num_leaves))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+
+
 def widened(tree: ArrayTree) -> ArrayTree:
     """The same numbers, those in half precision or less as float32."""
 

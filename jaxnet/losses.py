@@ -184,6 +184,9 @@ class ChunkedLoss:
         if num_examples(batch) <= self.size:
             return self.loss(params, batch)  # one chunk: nothing to save by computing it twice
         check_mean(self.loss, params, batch)
+        return dataset.on_automatic_axes(self._by_chunks)(params, batch)
+
+    def _by_chunks(self, params: ArrayTree, batch: ArrayTree) -> Array:
         # Rematerialised, so that the backward pass holds one chunk's intermediates and not all of them.
         one = jax.checkpoint(self.loss)
         return dataset.mean(lambda chunk, params: one(params, chunk), batch, params, size=self.size)

@@ -9,7 +9,7 @@ from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature._eigsh import eigsh
 from jaxnet.curvature._hessian import hessian
-from jaxnet.curvature._operators import leaf_names, restrict
+from jaxnet.curvature._operators import restrict
 from jaxnet.curvature._search import Eigenpairs
 
 
@@ -44,7 +44,7 @@ def layer_sharpness(
     """
     op = hessian(loss, params, batch)
     if groups is None:
-        names = leaf_names(op.space.structure)
+        names = contract.leaf_names(op.space.structure)
         layers = [name.rpartition("/")[0] for name in names]
         groups = {
             layer or "params": jax.tree.unflatten(op.space.structure, [other == layer for other in layers])

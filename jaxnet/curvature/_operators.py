@@ -205,13 +205,6 @@ def _flattened(op: LinearOperator, v: tuple[Array, ...]) -> tuple[Array, ...]:
     return op.space.ravel(op @ op.space.unravel(v))
 
 
-def leaf_names(structure: Any) -> list[str]:
-    """The leaves' names as a person writes them, ``0/kernel``."""
-    tree = jax.tree.unflatten(structure, range(structure.num_leaves))
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-
-
 def restrict(op: LinearOperator, mask: ArrayTree | str) -> LinearOperator:
     """The diagonal block of A that belongs to some leaves of params: one layer, or weights without biases.
 
@@ -228,7 +221,7 @@ def restrict(op: LinearOperator, mask: ArrayTree | str) -> LinearOperator:
       ValueError: the mask does not fit params, or keeps nothing.
     """
     if isinstance(mask, str):
-        names = leaf_names(op.space.structure)
+        names = contract.leaf_names(op.space.structure)
         matching = [fnmatch.fnmatchcase(name, mask) for name in names]
         if not any(matching):
             raise ValueError(f"mask: no leaf's name is like {mask!r}; they are {', '.join(names)}")
