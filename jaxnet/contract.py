@@ -124,7 +124,7 @@ def check_params(params: ArrayTree) -> None:
 
     Raises:
       TypeError: a leaf is not a real floating array.
-      ValueError: there is no leaf.
+      ValueError: there is no leaf, or all are empty.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
@@ -137,6 +137,8 @@ def check_params(params: ArrayTree) -> None:
             raise TypeError(f"{name}: expected a floating array, got {type(leaf).__name__}") from None
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"{name}: expected a floating array, got {dtype}; keep what is not trained out of params")
+    if all(jnp.size(leaf) == 0 for _, leaf in leaves):
+        raise ValueError("params: expected at least one number, got arrays of size 0 alone")
 
 
 def leaf_names(structure: Any) -> list[str]:

@@ -38,12 +38,13 @@ chunked = losses.chunked(loss, 5)
 
 
 def by_chunks(params, batch):
-    """Products as they stand, and a loss by chunks, whose gradient wants a jit."""
+    # Products as they stand, and a loss by chunks, whose gradient wants a jit.
     operators = [curvature.gauss_newton(x, params, batch) for x in (loss, chunked)]
     operators += [curvature.fisher(x, params, batch, key=key) for x in (loss, chunked)]
     clipped = per_example.clipped_grad(loss, 0.3, microbatch_size=5)(params, batch)
     layers = per_example.layer_noise_scale(loss, params, batch)
-    return [op @ params for op in operators], chunked(params, batch), jax.jit(jax.grad(chunked))(params, batch), clipped, layers
+    sums = chunked(params, batch), jax.jit(jax.grad(chunked))(params, batch)
+    return [op @ params for op in operators], sums, clipped, layers
 
 
 def eagerly(params, batch):
