@@ -37,14 +37,12 @@ def everything(params, batch):
 chunked = losses.chunked(loss, 5)
 
 
-def by_chunks(params, batch):
-    # Products as they stand, and a loss by chunks, whose gradient wants a jit.
-    operators = [curvature.gauss_newton(x, params, batch) for x in (loss, chunked)]
-    operators += [curvature.fisher(x, params, batch, key=key) for x in (loss, chunked)]
+def more(params, batch):
+    operators = [curvature.gauss_newton(x, params, batch) for x in (loss,)]
+    operators += [curvature.fisher(x, params, batch, key=key) for x in (loss,)]
     clipped = per_example.clipped_grad(loss, 0.3, microbatch_size=5)(params, batch)
     layers = per_example.layer_noise_scale(loss, params, batch)
-    sums = chunked(params, batch), jax.jit(jax.grad(chunked))(params, batch)
-    return [op @ params for op in operators], sums, clipped, layers
+    return [op @ params for op in operators], clipped, layers
 
 
 def eagerly(params, batch):
@@ -59,7 +57,12 @@ placed = put(params), put(batch, "examples")
 same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9)
 expected = jax.device_get(everything(params, batch))
 jax.tree.map(same, jax.device_get(everything(*placed)), expected)
-jax.tree.map(same, jax.device_get(by_chunks(*placed)), jax.device_get(by_chunks(params, batch)))
+jax.tree.map(same, jax.device_get(more(*placed)), jax.device_get(more(params, batch)))
+try:
+    jax.jit(jax.grad(chunked))(*placed)
+    raise AssertionError("chunks on a mesh")
+except TypeError as error:
+    assert "explicit axes" in str(error)
 with jax.set_mesh(mesh):
     jax.tree.map(same, jax.device_get(everything(*placed)), expected)
     within = jax.device_get(eagerly(*placed))
