@@ -63,6 +63,11 @@ try:
     raise AssertionError("chunks on a mesh")
 except TypeError as error:
     assert "explicit axes" in str(error)
+try:
+    curvature.gauss_newton(chunked, *placed) @ placed[0]
+    raise AssertionError("chunks on a mesh")
+except TypeError as error:
+    assert "explicit axes" in str(error)
 with jax.set_mesh(mesh):
     jax.tree.map(same, jax.device_get(everything(*placed)), expected)
     within = jax.device_get(eagerly(*placed))
