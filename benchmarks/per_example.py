@@ -27,6 +27,7 @@ METHODS = {
     "Gram matrix": lambda g: g.gram(),
     "dense": lambda g: g.dense(),
 }
+CLIP = 0.1
 # (contender, baseline) -> the most that their times' ratio may be.
 REDUCED = {
     ("norms + mean", "plain gradient"): 1.3,
@@ -35,6 +36,7 @@ REDUCED = {
     ("norms", "BackPACK's norms"): 0.6,
 }
 DENSE = {("dense", f"{library}'s dense"): 1 for library in ("torch.func", "Opacus", "BackPACK")}
+CLIPPED = {("clipped gradient", "plain gradient"): 1.3}
 IMAGES = {("norms", "vmap(grad)'s norms"): 0.5}
 # The figure's: a colour for each quantity, and each library's style.
 COLOURS = {"plain gradient": 6, "norms": 0, "second moment": 2, "Gram matrix": 3, "dense": 1}
@@ -47,7 +49,18 @@ def run():
     wide = Case("MLP 784-512-512-10", nn.mlp([512, 512, 10]), (784,), 1024, REDUCED)
     images = Case("LeNet", nn.lenet(10), (28, 28, 1), 256, IMAGES)
     rows = [row for case in (narrow, wide, *narrows()[:-1], images) for row in case.rows()]
-    return rows + [narrow.memory(), wide.memory()]
+    rows += [narrow.memory("norms", 2), wide.memory("norms", 2)]
+    for case in clipped():
+        rows += [*case.rows(), case.memory("clipped gradient", 1.2)]
+    return rows
+
+
+def clipped():
+    """Three networks at the batch sizes of training."""
+    mlp = [Case("MLP 64-128-128-10", nn.mlp([128, 128, 10]), (64,), size, CLIPPED) for size in (256, 1024)]
+    lenet = [Case("LeNet", nn.lenet(10), (28, 28, 1), size, CLIPPED) for size in (64, 256)]
+    model = nn.transformer(64, features=32, num_heads=4, num_layers=2, hidden=128, max_length=32)
+    return [*mlp, *lenet, *(Case("transformer, width 32", model, (32,), size, CLIPPED, text=64) for size in (64, 256))]
 
 
 def panels():
@@ -70,12 +83,15 @@ def narrows():
 class Case:
     """A network and N examples, and what is measured there: what the bounds name, and others for the figure."""
 
-    def __init__(self, name, model, shape, size, bounds, others=()):
+    def __init__(self, name, model, shape, size, bounds, others=(), text=None):
         self.name, self.size, self.bounds, self.others = f"{name}, N={size}", size, bounds, others
         self.loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
         init, inputs, labels = jax.random.split(KEY, 3)
         self.params = model.init(init, shape)
-        self.batch = jax.random.normal(inputs, (size, *shape)), jax.random.randint(labels, size, 0, 10)
+        if text:
+            self.batch = tuple(jax.random.randint(key, (size, *shape), 0, text) for key in (inputs, labels))
+        else:
+            self.batch = jax.random.normal(inputs, (size, *shape)), jax.random.randint(labels, size, 0, 10)
 
     @functools.cached_property
     def compiled(self):
@@ -87,6 +103,9 @@ class Case:
 
         method = lambda read: lambda params, batch: read(per_example.gradients(self.loss, params, batch))
         functions = {name: method(read) for name, read in METHODS.items()}
+        functions |= {
+            "clipped gradient": lambda params, batch: per_example.clipped_grad(self.loss, CLIP)(params, batch)
+        }
         functions |= {"plain gradient": jax.grad(self.loss), "vmap(grad)'s norms": norms_by_vmap}
         return {name: jax.jit(f) for name, f in functions.items()} | {"its bare products": self.bare_products()}
 
@@ -123,15 +142,15 @@ class Case:
                 rows.append(Row(what, mine / baseline, bound, False, dict(zip(names, seconds, strict=True))))
         return rows
 
-    def memory(self):
+    def memory(self, what, bound):
         """Bytes beside the arguments."""
 
         def needed(name):
             found = self.compiled[name].lower(self.params, self.batch).compile().memory_analysis()
             return found.temp_size_in_bytes + found.output_size_in_bytes
 
-        ratio = needed("norms") / needed("plain gradient")
-        return Row(f"{self.name}: memory of norms / plain gradient", ratio, 2, False, {})
+        ratio = needed(what) / needed("plain gradient")
+        return Row(f"{self.name}: memory of {what} / plain gradient", ratio, bound, False, {})
 
 
 def race(contenders, turns=5):

@@ -206,7 +206,7 @@ def check_params(params: ArrayTree) -> None:
 
     Raises:
       TypeError: a leaf is not a real floating array.
-      ValueError: there is no leaf.
+      ValueError: there is no leaf, or all are empty.
     """
     leaves = called("params", params)
     if not leaves:
@@ -218,6 +218,8 @@ def check_params(params: ArrayTree) -> None:
             raise TypeError(f"{name}: expected a floating array, got {type(leaf).__name__}") from None
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"{name}: expected a floating array, got {dtype}; keep what is not trained out of params")
+    if all(jnp.size(leaf) == 0 for _, leaf in leaves):
+        raise ValueError("params: expected at least one number, got arrays of size 0 alone")
 
 
 def widened(tree: ArrayTree) -> ArrayTree:

@@ -164,3 +164,9 @@ def test_a_method_of_one_object_is_compiled_once():
     curvature.sharpness(counted.loss, params + 1, batch, key=KEY)
     assert len(traces) == before
     assert again <= 1
+
+
+def test_params_without_a_number_are_refused():
+    with pytest.raises(ValueError, match="got arrays of size 0 alone"):
+        contract.check_params({"w": jnp.zeros((0, 3)), "b": jnp.zeros(0)})
+    contract.check_params({"w": jnp.zeros((0, 3)), "b": jnp.zeros(1)})

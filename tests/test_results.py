@@ -14,7 +14,7 @@ from jaxnet import contract, curvature, learning_rate, losses, nn, training
 
 ROOMS = ["curvature", "learning_rate", "per_example", "training"]
 # What a person makes and hands over, in place of what a function found; and a reason in words.
-NO_RESULTS = {"Space", "Eigensolver", "StopRule", "Stopped", "TrackObserver"}
+NO_RESULTS = {"ClippedGrad", "Differences", "Space", "Eigensolver", "StopRule", "Stopped", "TrackObserver"}
 KEY = jax.random.key(0)
 
 

@@ -21,16 +21,24 @@ class _GaussNewtonProduct:
     loss: Loss
 
     def __call__(self, batch: Any, params: ArrayTree, v: ArrayTree) -> ArrayTree:
-        parts, size = losses.parts_of(self.loss)
+        # A chunked loss refuses explicit axes; of its parts the product would not ask it.
+        if isinstance(self.loss, losses.ChunkedLoss) and dataset.on_explicit_axes(params, batch):
+            self.loss(params, batch)
+        return _product(self.loss, batch, params, v)
 
-        def of_chunk(chunk: Any) -> ArrayTree:
-            network = lambda p: parts.outputs(p, chunk)
-            outputs, along = pushforward(network, params, v)
-            slope = jax.grad(lambda o: jnp.mean(parts.criterion(o, chunk[1])))
-            curved = jax.jvp(slope, (outputs,), (along,))[1]
-            return jax.vjp(network, params)[1](curved)[0]
 
-        return dataset.mean(of_chunk, batch, size=size)
+@functools.partial(dataset.jit, static_argnames="loss")
+def _product(loss: Loss, batch: Any, params: ArrayTree, v: ArrayTree) -> ArrayTree:
+    parts, size = losses.parts_of(loss)
+
+    def of_chunk(chunk: Any) -> ArrayTree:
+        network = lambda p: parts.outputs(p, chunk)
+        outputs, along = pushforward(network, params, v)
+        slope = jax.grad(lambda o: jnp.mean(parts.criterion(o, chunk[1])))
+        curved = jax.jvp(slope, (outputs,), (along,))[1]
+        return jax.vjp(network, params)[1](curved)[0]
+
+    return dataset.mean(of_chunk, batch, size=size)
 
 
 @contract.takes_loss

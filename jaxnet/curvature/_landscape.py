@@ -14,6 +14,7 @@ from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature._hessian import chosen, hessian
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Landscape:

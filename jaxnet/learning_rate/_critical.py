@@ -17,6 +17,7 @@ _PATIENCE = 60
 _ROUNDING = 4
 
 
+@contract.result
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CriticalSharpness:

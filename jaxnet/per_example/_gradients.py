@@ -11,11 +11,14 @@ import optax
 from jaxnet import contract, dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example import _taps
-from jaxnet.per_example._held import Factors, Held, described, hold
+from jaxnet.per_example._held import Factors, Held, described, factors_of, hold, over_leaves
 from jaxnet.per_example._leaves import at_once, wide
 
 # Factors of up to so many numbers are held; of more, those of a chunk of examples at a time.
 _HELD = 2**22
+# A clipped gradient takes a quarter of the batch at a time, since its factors are about twice what a plain gradient
+# keeps, but not fewer than so many: then it would be slower.
+_FEW = 64
 
 
 @contract.result
@@ -108,7 +111,7 @@ class PerExampleGradients:
     @dataset.jit
     def norms(self) -> Array:
         """‖g_n‖ over all leaves, (N,)."""
-        return self.rows(_lengths)
+        return self.rows(lengths)
 
     @dataset.jit
     def leaf_norms(self) -> ArrayTree:
@@ -122,21 +125,28 @@ class PerExampleGradients:
         along, squares = self.rows(_products_and_squares, tree)
         return along / (jnp.sqrt(squares) * optax.tree.norm(jax.tree.map(lambda x: wide(jnp.asarray(x)), tree)))
 
-    @dataset.jit
     def clipped_mean(self, max_norm: Array | float) -> ArrayTree:
-        """(1/N) Σ g_n min(1, max_norm/‖g_n‖), like params.
+        """(1/N) Σ g_n min(1, max_norm/‖g_n‖), like params; `clipped_grad` adds noise, and holds less at a time.
+
+        Raises:
+          ValueError: ``max_norm`` is negative.
 
         Reference:
           Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, algorithm 1, without its noise.
         """
-        summed = self.total(_clipped_sum, jnp.asarray(max_norm))
+        check_norm("max_norm", max_norm)
+        return self._clipped_mean(jnp.asarray(max_norm))
+
+    @dataset.jit
+    def _clipped_mean(self, max_norm: Array) -> ArrayTree:
+        summed = self.total(_clip, max_norm)
         return self._like_params(optax.tree.scale(1 / self.num_examples, summed))
 
     @dataset.jit
     def distances(self, tree: ArrayTree) -> Array:
         """‖g_n − v‖ over all leaves, for a vector v like params, (N,)."""
         contract.check_alike("tree", tree, self.params)
-        return _root(self.rows(Held.squared_distances, tree))
+        return _root(self.rows(_squared_distance, tree))
 
     @dataset.jit
     def second_moment(self) -> ArrayTree:
@@ -187,32 +197,50 @@ class PerExampleGradients:
 @dataset.jit
 def _gram(grads: PerExampleGradients) -> Array:
     # Every pair of examples meets: all factors are needed at once.
-    factors = grads.factors or hold(grads.loss, grads.params, grads.batch)
+    factors = grads.factors or hold(grads.loss, grads.params, grads.batch)[0]
     return Held(grads.loss, grads.params, grads.batch, factors).gram()
 
 
 def _products_and_squares(held: Held, tree: ArrayTree) -> tuple[Array, Any]:
-    return held.vdot(tree), sum(jax.tree.leaves(held.squares()))
+    return held.vdot(tree), over_leaves(held.squares())
 
 
 def _sum(held: Held) -> ArrayTree:
     return held.weighted_sum(jnp.ones(contract.num_examples(held.batch)))
 
 
-def _clipped_sum(held: Held, max_norm: Array) -> ArrayTree:
-    norms = _lengths(held)
+def check_norm(name: str, value: Array | float) -> None:
+    """Raise where a length that is known as a number is negative or NaN.
+
+    Raises:
+      ValueError: it is.
+    """
+    if not isinstance(value, jax.core.Tracer) and not float(value) >= 0:
+        raise ValueError(f"{name}: expected a number of 0 or more, got {value}")
+
+
+def _clip(held: Held, max_norm: Array) -> ArrayTree:
+    return clipped_sum(held, lengths(held), max_norm)
+
+
+def clipped_sum(held: Held, norms: Array, max_norm: Array) -> ArrayTree:
+    """Σ g_n min(1, max_norm/‖g_n‖), for those norms."""
     above = ~(norms <= max_norm)  # so that a NaN is handed on
     return held.weighted_sum(jnp.where(above, max_norm / jnp.where(above, norms, 1), 1))
 
 
-def _lengths(held: Held) -> Array:
-    squares: Any = sum(jax.tree.leaves(held.squares()))
-    return _root(squares)
+def lengths(held: Held) -> Array:
+    """‖g_n‖ over all leaves, (N,)."""
+    return _root(over_leaves(held.squares()))
+
+
+def _squared_distance(held: Held, tree: ArrayTree) -> Array:
+    return over_leaves(held.squared_distances(tree))
 
 
 def _root(squares: Array) -> Array:
     """√x; at 0, where it has no derivative, with the one that a length may be given there: 0."""
-    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))  # of a NaN it is NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,10 +255,11 @@ class _OfBatch:
     def __call__(self, data: Any, params: ArrayTree, *given: Any) -> Any:
         def of_chunk(chunk: Any) -> Any:
             batch, *weights = chunk if self.weighted else (chunk,)
-            return self.method(Held(self.loss, params, batch, hold(self.loss, params, batch)), *weights, *given)
+            factors, _ = hold(self.loss, params, batch)
+            return self.method(Held(self.loss, params, batch, factors), *weights, *given)
 
         batch = data[0] if self.weighted else data
-        return self.reduce(of_chunk, data, size=_chunk_size(self.loss, params, batch))
+        return self.reduce(of_chunk, data, size=chunk_size(self.loss, params, batch))
 
 
 @contract.takes_loss
@@ -265,20 +294,35 @@ def gradients(loss: Loss, params: ArrayTree, batch: Any) -> PerExampleGradients:
         return PerExampleGradients(loss, params, batch, None)
     batch = jax.tree.map(jnp.asarray, batch)
     # Where shardings are types, factors would come back as copies on every device.
-    held = _chunk_size(loss, params, batch) is None and not dataset.on_explicit_axes(params, batch)
-    return PerExampleGradients(loss, params, batch, _hold(loss, params, batch) if held else None)
+    held = chunk_size(loss, params, batch) is None and not dataset.on_explicit_axes(params, batch)
+    return PerExampleGradients(loss, params, batch, _hold(loss, params, batch)[0] if held else None)
 
 
-_hold = jax.jit(hold, static_argnames="loss")
+_hold, _factors_of = (jax.jit(function, static_argnames="loss") for function in (hold, factors_of))
+
+
+def _one(batch: ArrayTree) -> ArrayTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
 
 
 def _shapes(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Factors:
-    """The factors of one example, in shape; a second call with new values traces nothing."""
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
-    return _hold.eval_shape(loss, params, one)
+    """What is held of one example, in shape; a second call with new values traces nothing."""
+    return _hold.eval_shape(loss, params, _one(batch))[0]
 
 
-def _chunk_size(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int | None:
-    """How many examples' factors are held at a time; None is all."""
-    size = sum(x.size for x in jax.tree.leaves(_shapes(loss, params, batch)))
+def _size_of_one(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int:
+    return sum(x.size for x in jax.tree.leaves(_factors_of.eval_shape(loss, params, _one(batch))))
+
+
+def few_at_once(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int:
+    """Of how many examples clipping holds the gradients at a time: a number that divides N where one is near."""
+    n = contract.num_examples(batch)
+    most = min(n, at_once(_size_of_one(loss, params, batch)), max(_FEW, n // 4))
+    even = max(size for size in range(1, most + 1) if n % size == 0)
+    return even if 2 * even > most else most
+
+
+def chunk_size(loss: Loss, params: ArrayTree, batch: ArrayTree) -> int | None:
+    """Of how many examples gradients are found at a time; None is all."""
+    size = _size_of_one(loss, params, batch)
     return None if contract.num_examples(batch) * size <= _HELD else at_once(size)

@@ -13,7 +13,7 @@ from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example import _taps
 from jaxnet.per_example._leaves import Factored, Formed, Leaves, at_once, wide
 from jaxnet.per_example._looked import Looked, merged
-from jaxnet.per_example._rules import Tap
+from jaxnet.per_example._rules import Tap, leaf_of
 from jaxnet.per_example._stacked import Stacked, factored
 
 # Leaves of so many numbers are carried as they are, N copies of them: biases and scales.
@@ -30,12 +30,18 @@ Group = Factored | Looked | Stacked | Formed
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """The gradients of some examples, by their factors."""
+    """The gradients of some examples, by their factors; where ``counted`` is false, 0."""
 
     loss: Loss
     params: ArrayTree
     batch: ArrayTree
     factors: Factors
+    counted: Array | None = None
+
+    def only(self, counted: Array) -> "Held":
+        """Those of some examples, and 0 for the others, finite or not: a weight of 0 would not do."""
+        factors = jax.tree.map(lambda x: _where(counted, x), self.factors)
+        return dataclasses.replace(self, factors=factors, counted=counted)
 
     @property
     def _groups(self) -> list[tuple[list[int], Group]]:
@@ -55,10 +61,10 @@ class Held:
         others = [i for i, held in enumerate(self.factors) if held is None]
         if others:
             size = sum(leaves[i].size for i in others)
-            groups.append((others, Formed(self.batch, jax.vmap(self._gradient_of(others)), at_once(size))))
+            groups.append((others, Formed((self.batch, self.counted), self._former(others), at_once(size))))
         return groups
 
-    def _gradient_of(self, chosen: list[int]) -> Callable[[ArrayTree], Leaves]:
+    def _former(self, chosen: list[int]) -> Callable[[Any], Leaves]:
         leaves, structure = jax.tree.flatten(self.params)
 
         def one(some: Leaves, example: ArrayTree) -> Array:
@@ -67,7 +73,12 @@ class Held:
                 replaced[i] = leaf
             return self.loss(jax.tree.unflatten(structure, replaced), jax.tree.map(lambda x: x[None], example))
 
-        return lambda example: jax.tree.map(wide, jax.grad(one)(tuple(leaves[i] for i in chosen), example))
+        def form(chunk: tuple[ArrayTree, Array | None]) -> Leaves:
+            examples, counted = chunk
+            found = jax.vmap(jax.grad(one), in_axes=(None, 0))(tuple(leaves[i] for i in chosen), examples)
+            return jax.tree.map(lambda g: wide(g) if counted is None else _where(counted, wide(g)), found)
+
+        return form
 
     def _gather(self, method: Callable[[Group, Leaves], Leaves], tree: ArrayTree | None = None) -> ArrayTree:
         """Of a method that gives something for each leaf: a pytree like params."""
@@ -79,18 +90,17 @@ class Held:
                 result[i] = x
         return jax.tree.unflatten(structure, result)
 
-    def _total(self, method: Callable[[Group, Leaves], Array], tree: ArrayTree | None = None) -> Array:
-        """Of a method that gives one array for each group of leaves: their sum."""
-        given = jax.tree.leaves(self.params if tree is None else tree)
-        return sum((method(g, tuple(given[i] for i in chosen)) for chosen, g in self._groups), start=jnp.zeros(()))
-
     def squares(self) -> ArrayTree:
         """‖g_n‖² of each leaf, (N,)."""
         return self._gather(lambda group, _: group.squares())
 
+    def vdots(self, tree: ArrayTree) -> ArrayTree:
+        """g_n·v of each leaf, (N,)."""
+        return self._gather(lambda group, v: group.vdot(v), tree)
+
     def vdot(self, tree: ArrayTree) -> Array:
         """g_n·v, (N,)."""
-        return self._total(lambda group, v: group.vdot(v), tree)
+        return over_leaves(self.vdots(tree))
 
     def weighted_sum(self, weights: Array) -> ArrayTree:
         """Σ w_n g_n, like params."""
@@ -100,9 +110,9 @@ class Held:
         """Σ g_n², like params."""
         return self._gather(lambda group, _: group.sum_of_squares())
 
-    def squared_distances(self, tree: ArrayTree) -> Array:
-        """‖g_n − v‖², (N,)."""
-        return self._total(lambda group, v: group.deviations(v)[0], tree)
+    def squared_distances(self, tree: ArrayTree) -> ArrayTree:
+        """‖g_n − v‖² of each leaf, (N,)."""
+        return self._gather(lambda group, v: group.deviations(v)[0], tree)
 
     def sum_of_deviations(self, tree: ArrayTree) -> ArrayTree:
         """Σ (g_n − v)², like params."""
@@ -126,29 +136,46 @@ class Held:
         return self._gather(lambda group, _: group.dense())
 
 
-def hold(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Factors:
-    """The factors of the examples' gradients, by one backward pass with respect to a zero at each kernel's output."""
+def over_leaves(tree: ArrayTree) -> Array:
+    """What is an array for each leaf, as one: their sum."""
+    leaves: list[Any] = jax.tree.leaves(tree)
+    return functools.reduce(jnp.add, leaves)
+
+
+def _where(counted: Array, x: Array) -> Array:
+    return jnp.where(counted.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+
+
+def hold(loss: Loss, params: ArrayTree, batch: ArrayTree) -> tuple[Factors, Array]:
+    """What is held of the examples' gradients, and their losses (N,)."""
+    rows, carried, values = factors_of(loss, params, batch)
+    found, leaves = _taps.trace(loss, params, batch), jax.tree.leaves(params)
+    formed = {i: _smaller(found.taps[i], held, leaves[i]) for i, held in rows.items()}
+    return tuple({**formed, **carried}.get(i) for i in range(len(leaves))), values
+
+
+def factors_of(loss: Loss, params: ArrayTree, batch: ArrayTree) -> tuple[dict[int, Any], dict[int, Array], Array]:
+    """The factors ``(a (N, S, T, d), δ (N, S, T, p))`` of the tapped leaves, the gradients of small ones, and E_n, by
+    one backward pass with respect to a zero at each kernel's output."""
     contract.check(loss, params, batch)
     found, leaves = _taps.trace(loss, params, batch), jax.tree.leaves(params)
     tapped = {i: taps for i, taps in enumerate(found.taps) if not isinstance(taps, str)}
     small = [i for i, leaf in enumerate(leaves) if i not in tapped and leaf.size <= _SMALL]
 
-    def one(example: ArrayTree) -> tuple[dict[int, Any], dict[int, Array]]:
+    def one(example: ArrayTree) -> tuple[dict[int, Any], dict[int, Array], Array]:
         def value(epsilons: _taps.Epsilons, carried: dict[int, Array]) -> tuple[Array, dict[_taps.Use, Array]]:
             replaced = [carried.get(i, leaf) for i, leaf in enumerate(leaves)]
             return found.evaluate(replaced, example, epsilons)
 
         epsilons = {use: jnp.zeros(tap.output.shape, tap.output.dtype) for use, tap in found.uses.items()}
-        (deltas, carried), others = jax.grad(value, argnums=(0, 1), has_aux=True)(
+        (own, others), (deltas, carried) = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(
             epsilons, {i: leaves[i] for i in small}
         )
         rows = {use: _real(*tap.rows(others[use], deltas[use])) for use, tap in found.uses.items()}
-        return {
-            i: _joined(taps, [rows[i, j] for j in range(len(taps))], leaves[i]) for i, taps in tapped.items()
-        }, carried
+        joined = {i: _joined(taps, [rows[i, j] for j in range(len(taps))], leaves[i]) for i, taps in tapped.items()}
+        return joined, carried, own
 
-    factors, carried = jax.tree.map(wide, jax.vmap(one)(batch))
-    return tuple({**factors, **carried}.get(i) for i in range(len(leaves)))
+    return jax.tree.map(wide, jax.vmap(one)(batch))
 
 
 def _real(a: Array, delta: Array) -> tuple[Array, Array]:
@@ -167,10 +194,23 @@ def _joined(taps: tuple[Tap, ...], rows: list[tuple[Array, Array]], leaf: Array)
     return a, delta
 
 
+def _smaller(taps: tuple[Tap, ...] | str, held: tuple[Array, Array], leaf: Array) -> Any:
+    """The factors, or the gradients Σ_t a_t δ_tᵀ themselves where those are fewer numbers."""
+    a, delta = held
+    (_, _, t, d), p = a.shape, delta.shape[-1]
+    if isinstance(taps, str) or taps[0].lookup or t * (d + p) <= d * p:
+        return held
+    like = jax.ShapeDtypeStruct(leaf.shape, wide(leaf).dtype)
+    one = lambda a, delta: leaf_of(taps[0].matrix, like, jnp.einsum("std,stp->sdp", a, delta))
+    return jax.vmap(one)(a, delta)
+
+
 def described(taps: tuple[Tap, ...] | str, held: Any) -> str:
     """How a leaf's gradients are held, and why."""
     if isinstance(taps, str):
         return f"carried: small; {taps}" if held is not None else f"vmap(grad): {taps}"
+    if not isinstance(held, tuple):
+        return "carried: fewer numbers than the factors of " + " and ".join(tap.description for tap in taps)
     _, layers, steps, _ = held[0].shape
     uses = " and ".join(tap.description for tap in taps)
     return f"factors of {uses}, {f'S = {layers}, ' if layers > 1 else ''}T = {steps}"

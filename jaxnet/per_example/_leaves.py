@@ -2,8 +2,8 @@
 
 For a kernel that is used once, as a matrix K (d, p), example n has the gradient G_n = A_nᵀΔ_n with A_n (T, d) and
 Δ_n (T, p). Where T is 1 everything follows from A (N, d) and Δ (N, p): ‖G_n‖² = ‖a_n‖²‖δ_n‖², Σ G_n² = (A∘A)ᵀ(Δ∘Δ), the
-Gram matrix (AAᵀ)∘(ΔΔᵀ). For larger T there are two ways, over pairs of positions or over the entries of G_n; the
-cheaper is taken.
+Gram matrix (AAᵀ)∘(ΔΔᵀ). For larger T products go over pairs of positions or over the entries of G_n, whichever is
+cheaper; where G_n has fewer entries than its factors it is held itself, and none of this is asked.
 
 Reference:
   Dangel, Kunstner & Hennig, "BackPACK: Packing More into Backprop", ICLR 2020, appendix A.
@@ -60,9 +60,9 @@ class Formed:
         """‖g_n‖² of each leaf, (N,)."""
         return self._over(lambda grads: tuple(map(_squares, grads)))[0]
 
-    def vdot(self, v: Leaves) -> Array:
-        """g_n·v, (N,)."""
-        return self._over(lambda grads: sum(_flat(g) @ x.reshape(-1) for g, x in zip(grads, v, strict=True)))[0]
+    def vdot(self, v: Leaves) -> Leaves:
+        """g_n·v of each leaf, (N,)."""
+        return self._over(lambda grads: tuple(_flat(g) @ x.reshape(-1) for g, x in zip(grads, v, strict=True)))[0]
 
     def weighted_sum(self, weights: Array) -> Leaves:
         """Σ w_n g_n, like the leaves."""
@@ -77,11 +77,11 @@ class Formed:
         """Σ g_n², like the leaves."""
         return self._over(lambda grads: (), lambda grads: tuple(jnp.square(g).sum(axis=0) for g in grads))[1]
 
-    def deviations(self, centre: Leaves) -> tuple[Array, Leaves]:
-        """‖g_n − c‖², (N,), and Σ (g_n − c)², like the leaves; to expand the square would cancel."""
+    def deviations(self, centre: Leaves) -> tuple[Leaves, Leaves]:
+        """‖g_n − c‖² of each leaf, (N,), and Σ (g_n − c)², like the leaves; to expand the square would cancel."""
         apart = lambda grads: [jnp.square(g - c) for g, c in zip(grads, centre, strict=True)]
         return self._over(
-            lambda grads: sum(_flat(d).sum(axis=1) for d in apart(grads)),
+            lambda grads: tuple(_flat(d).sum(axis=1) for d in apart(grads)),
             lambda grads: tuple(d.sum(axis=0) for d in apart(grads)),
         )
 
@@ -143,11 +143,9 @@ class Factored:
 
     def squares(self) -> Leaves:
         """‖g_n‖² = Σ_ts (a_t·a_s)(δ_t·δ_s), (N,)."""
-        _, t, d, p = self._sizes
+        _, t, _, _ = self._sizes
         if t == 1:
             return (_squares(self.a) * _squares(self.delta),)
-        if t * (d + p) > d * p:
-            return self.formed.squares()
 
         def over_pairs(chunk: tuple[Array, Array]) -> Array:
             a, delta = (jnp.einsum("nti,nsi->nts", x, x) for x in chunk)
@@ -155,9 +153,9 @@ class Factored:
 
         return (dataset.rows(over_pairs, (self.a, self.delta), size=at_once(2 * t * t)),)
 
-    def vdot(self, v: Leaves) -> Array:
+    def vdot(self, v: Leaves) -> Leaves:
         """Σ_t a_tᵀ V δ_t, (N,)."""
-        return jnp.sum((self.a @ self.matrix(v[0])) * self.delta, axis=(1, 2))
+        return (jnp.sum((self.a @ self.matrix(v[0])) * self.delta, axis=(1, 2)),)
 
     def weighted_sum(self, weights: Array) -> Leaves:
         """Aᵀ diag(w) Δ."""
@@ -170,7 +168,7 @@ class Factored:
             return self.formed.sum_of_squares()
         return (self._leaf(jnp.tensordot(jnp.square(self.a), jnp.square(self.delta), ((0, 1), (0, 1)))),)
 
-    def deviations(self, centre: Leaves) -> tuple[Array, Leaves]:
+    def deviations(self, centre: Leaves) -> tuple[Leaves, Leaves]:
         """‖g_n − v‖², (N,), and Σ (g_n − v)², like the leaf.
 
         Where T = 1, with the means ā, δ̄ and what is left, a_n = ā + α_n and δ_n = δ̄ + β_n, the gradient is
@@ -195,7 +193,7 @@ class Factored:
         squares += 2 * (jnp.outer(mean_a, mean_delta) * total)
         squares += 2 * (mean_a[:, None] * (alpha.T @ beta**2) + mean_delta * ((alpha**2).T @ beta))
         squares += len(a) * apart**2 - 2 * apart * total
-        return jnp.maximum(bracket - 2 * along + jnp.sum(apart**2), 0), (self._leaf(jnp.maximum(squares, 0)),)
+        return (jnp.maximum(bracket - 2 * along + jnp.sum(apart**2), 0),), (self._leaf(jnp.maximum(squares, 0)),)
 
     def rows(self, start: int, stop: int) -> "Factored":
         """Those of some of the examples."""

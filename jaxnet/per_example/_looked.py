@@ -65,9 +65,9 @@ class Looked:
         """‖g_n‖² = Σ_t ‖δ_t‖², (N,)."""
         return (jnp.square(self.delta).sum(axis=(1, 2)),)
 
-    def vdot(self, v: Leaves) -> Array:
+    def vdot(self, v: Leaves) -> Leaves:
         """Σ_t V_r · δ_t, (N,)."""
-        return jnp.sum(self._read(self.matrix(v[0])) * self.delta, axis=(1, 2))
+        return (jnp.sum(self._read(self.matrix(v[0])) * self.delta, axis=(1, 2)),)
 
     def weighted_sum(self, weights: Array) -> Leaves:
         """Σ w_n g_n, like the leaf."""
@@ -77,7 +77,7 @@ class Looked:
         """Σ g_n², like the leaf."""
         return (self._leaf(self._summed(jnp.square(self.delta))),)
 
-    def deviations(self, centre: Leaves) -> tuple[Array, Leaves]:
+    def deviations(self, centre: Leaves) -> tuple[Leaves, Leaves]:
         """‖g_n − v‖², (N,), and Σ (g_n − v)², like the leaf: of the rows that are read, and of all others v²."""
         table = self.matrix(centre[0])
         apart, squares = jnp.square(self.delta - self._read(table)), jnp.square(table)
@@ -89,7 +89,7 @@ class Looked:
 
         others = dataset.rows(of_others, self.a[..., 0], size=at_once(d))
         count = n - self._summed(jnp.ones((*self.a.shape[:2], 1), squares.dtype))
-        return others + apart.sum(axis=(1, 2)), (self._leaf(self._summed(apart) + count * squares),)
+        return (others + apart.sum(axis=(1, 2)),), (self._leaf(self._summed(apart) + count * squares),)
 
     def rows(self, start: int, stop: int) -> "Looked":
         """Those of some of the examples."""

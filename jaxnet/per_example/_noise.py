@@ -2,16 +2,16 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.per_example._gradients import gradients
-from jaxnet.per_example._held import Held
+from jaxnet.per_example._held import Held, over_leaves
 from jaxnet.per_example._independent import check_independent
 
 
@@ -65,23 +65,58 @@ def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
 
 @functools.partial(dataset.jit, static_argnames="loss")
 def _noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
+    return _from_deviations(*(over_leaves(x) for x in _by_leaves(loss, params, batch)))
+
+
+def layer_noise_scale(
+    loss: Loss, params: ArrayTree, batch: Any, *, layer_of: Callable[[str], str] | None = None
+) -> dict[str, NoiseScale]:
+    """B_simple of each layer's own gradient, by one pass over the examples.
+
+    Args:
+      loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
+      params: the point at which the gradients are taken.
+      batch: N >= 3 examples, or a data set in batches, as for `noise_scale`.
+      layer_of: from a leaf's name, such as ``"0/kernel"``, to the name of the group that it belongs to: ``lambda name:
+        name`` takes each leaf by itself. By default the leaves that lie together are a group, which has their path as
+        its name.
+
+    Returns:
+      The `NoiseScale` of each group, by its name; the traces, and the |ḡ|², add up to those of `noise_scale`.
+
+    Raises:
+      ValueError, UserError: as for `noise_scale`.
+    """
+    check_independent(loss, params, batch)
+    parts = _by_leaves(contract.hashable(loss), params, dataset.of(batch))
+    names = contract.leaf_names(params)
+    layers = [layer_of(name) if layer_of else name.rpartition("/")[0] or "params" for name in names]
+    of = lambda layer: [
+        over_leaves([x for x, other in zip(jax.tree.leaves(part), layers, strict=True) if other == layer])
+        for part in parts
+    ]
+    return {layer: _from_deviations(*of(layer)) for layer in dict.fromkeys(layers)}
+
+
+@functools.partial(dataset.jit, static_argnames="loss")
+def _by_leaves(loss: Loss, params: ArrayTree, batch: Any) -> tuple[ArrayTree, ArrayTree, ArrayTree]:
+    """|ḡ|², |g_n − ḡ|² and g_n·ḡ of each leaf."""
     grads = gradients(loss, params, batch)
     mean = grads.wide_mean()
-    return _from_deviations(mean, *grads.rows(_about, mean))
+    return jax.tree.map(lambda x: jnp.vdot(x, x), mean), *grads.rows(_about, mean)
 
 
-def _about(held: Held, mean: ArrayTree) -> tuple[Array, Array]:
+def _about(held: Held, mean: ArrayTree) -> tuple[ArrayTree, ArrayTree]:
     """|g_n − ḡ|² and g_n·ḡ, in one pass: a stream that shuffles gives each pass another order."""
-    return held.squared_distances(mean), held.vdot(mean)
+    return held.squared_distances(mean), held.vdots(mean)
 
 
 @dataset.jit
-def _from_deviations(mean: ArrayTree, squares: Array, along: Array) -> NoiseScale:
+def _from_deviations(mean_squared: Array, squares: Array, along: Array) -> NoiseScale:
     """From |g_n − ḡ|², not |g_n|²: |g_n|² − |ḡ|² would cancel where the gradients are alike."""
     n = squares.size
     if n < 3:
         raise ValueError(f"batch: the noise scale needs 3 examples or more, got {n}: one alone shows no noise")
-    mean_squared = optax.tree.norm(mean, squared=True)
     along = along - mean_squared
     trace = squares.sum() / (n - 1)
     gradient_squared = mean_squared - trace / n

@@ -47,9 +47,9 @@ class Stacked:
         """‖g_n‖², (N,)."""
         return (self._of_layers(lambda layer: layer.squares()[0]).sum(axis=0),)
 
-    def vdot(self, v: Leaves) -> Array:
+    def vdot(self, v: Leaves) -> Leaves:
         """g_n·v, (N,)."""
-        return self._of_layers(lambda layer, v: layer.vdot((v,)), self.matrices(v[0])).sum(axis=0)
+        return (self._of_layers(lambda layer, v: layer.vdot((v,))[0], self.matrices(v[0])).sum(axis=0),)
 
     def weighted_sum(self, weights: Array) -> Leaves:
         """Σ w_n g_n, like the leaf."""
@@ -59,10 +59,10 @@ class Stacked:
         """Σ g_n², like the leaf."""
         return (self._leaf(self._of_layers(lambda layer: layer.sum_of_squares()[0])),)
 
-    def deviations(self, centre: Leaves) -> tuple[Array, Leaves]:
+    def deviations(self, centre: Leaves) -> tuple[Leaves, Leaves]:
         """‖g_n − v‖², (N,), and Σ (g_n − v)², like the leaf."""
         squares, sums = self._of_layers(lambda layer, v: layer.deviations((v,)), self.matrices(centre[0]))
-        return squares.sum(axis=0), (self._leaf(sums[0]),)
+        return (squares[0].sum(axis=0),), (self._leaf(sums[0]),)
 
     def rows(self, start: int, stop: int) -> "Stacked":
         """Those of some of the examples."""

@@ -66,3 +66,26 @@ def test_many_examples_do_not_overflow_a_count():
 def test_too_few_examples_are_refused(n):
     with pytest.raises(ValueError, match="3 examples or more"):
         per_example.noise_scale(linear, jnp.zeros(3), jnp.ones((n, 3)))
+
+
+def test_each_layer_has_its_own(x64, mlp_problem):
+    """Against the dense gradients of each leaf by itself."""
+    loss, params, batch = mlp_problem
+    dense = per_example.gradients(loss, params, batch).dense()
+    rows = lambda tree: np.concatenate([x.reshape(len(x), -1) for x in jax.tree.leaves(tree)], axis=1)
+    layers = per_example.layer_noise_scale(loss, params, batch)
+    assert list(layers) == ["0", "2"]
+    for layer, found in layers.items():
+        expected = per_example.noise_scale(linear, jnp.zeros(rows(dense[int(layer)]).shape[1]), rows(dense[int(layer)]))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9), found, expected)
+    whole = per_example.noise_scale(loss, params, batch)
+    for name in ("trace", "mean_squared", "gradient_squared"):
+        total = sum(getattr(found, name) for found in layers.values())
+        np.testing.assert_allclose(total, getattr(whole, name), rtol=1e-10)
+    leaves = per_example.layer_noise_scale(loss, params, list_of_batches(batch), layer_of=lambda name: name)
+    assert list(leaves) == ["0/bias", "0/kernel", "2/bias", "2/kernel"]
+    np.testing.assert_allclose(sum(x.trace for x in leaves.values()), whole.trace, rtol=1e-10)
+
+
+def list_of_batches(batch):
+    return [jax.tree.map(lambda x: x[:5], batch), jax.tree.map(lambda x: x[5:], batch)]

@@ -79,4 +79,4 @@ def test_a_model_of_another_library(make, x64, check_per_example):
     plan = per_example.gradients(loss, params, batch).plan
     kernels = [how for path, how in plan.items() if "kernel" in path or "weight" in path or path.endswith("/w")]
     assert len(kernels) >= 2
-    assert all(how.startswith("factors of") for how in kernels), plan
+    assert all("factors of" in how for how in kernels), plan

@@ -34,6 +34,17 @@ def everything(params, batch):
     return results | {"covariance": curvature.gradient_covariance(loss, params, batch) @ params}
 
 
+chunked = losses.chunked(loss, 5)
+
+
+def more(params, batch):
+    operators = [curvature.gauss_newton(x, params, batch) for x in (loss,)]
+    operators += [curvature.fisher(x, params, batch, key=key) for x in (loss,)]
+    clipped = per_example.clipped_grad(loss, 0.3, microbatch_size=5)(params, batch)
+    layers = per_example.layer_noise_scale(loss, params, batch)
+    return [op @ params for op in operators], clipped, layers
+
+
 def eagerly(params, batch):
     noise = per_example.noise_scale(loss, params, batch)
     per_example.check_independent(loss, params, batch)
@@ -46,6 +57,17 @@ placed = put(params), put(batch, "examples")
 same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9)
 expected = jax.device_get(everything(params, batch))
 jax.tree.map(same, jax.device_get(everything(*placed)), expected)
+jax.tree.map(same, jax.device_get(more(*placed)), jax.device_get(more(params, batch)))
+try:
+    jax.jit(jax.grad(chunked))(*placed)
+    raise AssertionError("chunks on a mesh")
+except TypeError as error:
+    assert "explicit axes" in str(error)
+try:
+    curvature.gauss_newton(chunked, *placed) @ placed[0]
+    raise AssertionError("chunks on a mesh")
+except TypeError as error:
+    assert "explicit axes" in str(error)
 with jax.set_mesh(mesh):
     jax.tree.map(same, jax.device_get(everything(*placed)), expected)
     within = jax.device_get(eagerly(*placed))

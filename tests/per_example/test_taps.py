@@ -319,8 +319,9 @@ def words(case):
 
 
 def test_the_plan_tells_which_way_each_leaf_went(monkeypatch, x64, check_per_example):
-    assert words("lenet")["0/kernel"] == "factors of a matrix product, T = 64"
-    assert words("xla_convolution")["kernel"] == "factors of a convolution, T = 36"
+    few = "carried: fewer numbers than the factors of "
+    assert words("lenet")["0/kernel"] == f"{few}a matrix product"
+    assert words("xla_convolution")["kernel"] == f"{few}a convolution"
     for case in ("nested", "kernel_on_the_left"):
         assert words(case)["first"] == words(case)["last"] == "factors of a matrix product, T = 1"
         assert words(case)["bias"] == "carried: small; add"
@@ -328,17 +329,17 @@ def test_the_plan_tells_which_way_each_leaf_went(monkeypatch, x64, check_per_exa
     assert words("decayed")["first"] == "carried: small; used 2 times: a matrix product, integer_pow"
     assert set(words("lookups").values()) == {"factors of a lookup, T = 6", "factors of a matrix product, T = 1"}
     assert words("looked_up_in_a_scan")["layers"] == "factors of a lookup in a scan, S = 6, T = 1"
-    assert words("tied_embedding")["table"] == "factors of a lookup and a matrix product, T = 7"
+    assert words("tied_embedding")["table"] == f"{few}a lookup and a matrix product"
     assert words("shared")["table"] == "factors of a lookup and a lookup, T = 2"
     assert words("shared")["folded"].startswith("carried: small; used 2 times")
-    for case, layers in (("grouped_convolution", 64), ("depthwise_convolution", 21)):
-        assert words(case)["kernel"] == f"factors of a convolution, S = 2, T = {layers}"
+    for case in ("grouped_convolution", "depthwise_convolution"):
+        assert words(case)["kernel"] == f"{few}a convolution"
     assert words("scanned")["layers"] == "factors of a matrix product in a scan, S = 3, T = 1"
     assert words("scanned_backwards_in_blocks")["layers/kernel"].endswith("in a scan in a scan, S = 6, T = 1")
     assert words("phase_retrieval")["first"] == "factors of a matrix product, T = 2"
     for leaf in ("first", "whole", "rounded", "eighth"):
         assert words("casts")[leaf] == "carried: small; convert_element_type"
-    assert words("recurrent")["hidden"] == "factors of a matrix product in a scan, T = 4"
+    assert words("recurrent")["hidden"] == f"{few}a matrix product in a scan"
     monkeypatch.setattr(sys.modules["jaxnet.per_example._held"], "_SMALL", 0)
     jax.clear_caches()
     assert words("recurrent")["carried"] == "vmap(grad): the carry of a scan"
