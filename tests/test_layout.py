@@ -10,6 +10,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "jaxnet"
 
 # Rooms by floor; a room imports from lower floors and from itself.
 FLOORS = [
+    {"mesh"},
     {"contract"},
     {"dataset"},
     {"losses", "nn", "data"},

@@ -55,6 +55,7 @@ class Sharpness:
 
 
 @contract.takes_loss
+@dataset.on_automatic_axes
 def sharpness(
     loss: Loss,
     params: ArrayTree,

@@ -278,6 +278,7 @@ class Analysis:
 
 
 @contract.takes_loss
+@dataset.on_automatic_axes
 def analyse(
     loss: Loss,
     params: ArrayTree,
