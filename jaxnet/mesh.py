@@ -1,4 +1,4 @@
-"""Arrays on a mesh of explicit axes, worked on as on automatic ones.
+"""Arrays on a mesh of devices: those of explicit axes are worked on as on automatic ones.
 
 On explicit axes, which JAX makes by default, a sharding is a part of an array's type, and many an operation has to be
 told the sharding of its result. What is computed here does not depend on how arrays lie, so the compiler lays them
@@ -11,9 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard, use_abstract_mesh
 
-__all__ = ["automatic", "on_automatic_axes", "on_explicit_axes"]
+from jaxnet import contract
+
+__all__ = ["automatic", "check_together", "laid_out_like", "on_automatic_axes", "on_explicit_axes"]
 
 
 def __dir__() -> list[str]:
@@ -52,6 +55,33 @@ def on_automatic_axes(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.tree.map(back, result)
 
     return call
+
+
+def laid_out_like(like: Any, tree: Any) -> Any:
+    """The same tree, in a compiled program whose leaves the compiler is to lay out as those of ``like``."""
+    if jax.device_count() == 1:
+        return tree
+    tracers = lambda *xs: all(isinstance(x, jax.core.Tracer) for x in xs)
+    return jax.tree.map(lambda p, x: shard_alike(p, x)[1] if tracers(p, x) else x, like, tree)
+
+
+def check_together(**trees: Any) -> None:
+    """Raise unless all arrays that were put on devices were put on the same ones, a mesh's or one.
+
+    Raises:
+      UserError: they were not.
+    """
+    found: dict[Any, str] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(trees):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed:
+            devices = frozenset(map(str, x.sharding.device_set))
+            found.setdefault(devices, f"{path[0].key}{jax.tree_util.keystr(path[1:])}")
+    if len(found) > 1:
+        lists = "; ".join(f"{name} on {', '.join(sorted(devices))}" for devices, name in found.items())
+        raise contract.UserError(
+            f"devices: expected all arrays on the devices of one mesh, got {lists}; put each there by jax.device_put, "
+            "with NamedSharding(mesh, PartitionSpec()) for what every device holds"
+        )
 
 
 def _automatic(mesh: Any) -> Any:

@@ -10,8 +10,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "jaxnet"
 
 # Rooms by floor; a room imports from lower floors and from itself.
 FLOORS = [
-    {"mesh"},
     {"contract"},
+    {"mesh"},
     {"dataset"},
     {"losses", "nn", "data"},
     {"per_example", "training"},

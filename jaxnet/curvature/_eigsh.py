@@ -6,6 +6,7 @@ from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature._operators import LinearOperator
 from jaxnet.curvature._search import Eigenpairs, Eigensolver
+from jaxnet.mesh import check_together
 
 
 def eigsh(
@@ -53,6 +54,7 @@ def eigsh(
       Parlett, "The Symmetric Eigenvalue Problem", 1998, sections 11.7 and 13.2.
     """
     contract.check_tolerance(tol)
+    check_together(op=op.operands, v0=v0)
     return _eigsh(Eigensolver(op.space, k, which, max_matvecs, ncv, v0 is not None), op, v0, key, tol)
 
 

@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from jaxnet import contract, dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature._lanczos import positions
+from jaxnet.mesh import check_together, laid_out_like
 
 Product = Callable[[Any, Any], Any]
 
@@ -29,7 +30,7 @@ class Space:
       structure: of the pytree.
       shapes: of its leaves.
       dtypes: of its leaves.
-      apart: whether a leaf may lie in parts on several devices, which of an argument of a `jit` only the compiler knows.
+      apart: whether a leaf may lie in parts on several devices; of an argument of a `jit` only the compiler knows.
     """
 
     structure: Any
@@ -102,13 +103,12 @@ class Space:
 
     def random(self, key: Array) -> ArrayTree:
         """A standard normal vector."""
-        # By the entries' positions, so that each device draws its part of the same numbers, however leaves are laid out.
-        one, two = jax.random.key_data(key)[:2]
+        # By the entries' positions, so that each device draws its part of the same numbers, wherever leaves lie.
+        words, first = jax.random.key_data(key), 0
         leaves: list[Any] = [None] * len(self.shapes)
-        first = 0
         for i in itertools.chain(*self._alike):
             where = positions(self.shapes[i], first)
-            high, low = threefry2x32_p.bind(one, two, jnp.zeros_like(where), where)
+            high, low = threefry2x32_p.bind(words[0], words[1], jnp.zeros_like(where), where)
             leaves[i] = _normal(high, low, jnp.promote_types(self.dtypes[i], jnp.float32)).astype(self.dtypes[i])
             first += self.sizes[i]
         return jax.tree.unflatten(self.structure, leaves)
@@ -315,7 +315,8 @@ class OverExamples:
         """Of the operands ``(params, data)``."""
         params, data = operands
         v = jax.tree.map(lambda p, t: jnp.asarray(t, jnp.result_type(p)), params, v)
-        return dataset.mean(_Widened(self.of_batch), data, params, v)
+        product = dataset.mean(_Widened(self.of_batch), data, params, laid_out_like(params, v))
+        return laid_out_like(params, product)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +344,7 @@ def over_examples(
     if not dataset.on_host(batch):
         contract.num_examples(batch)
         batch = contract.widened(batch)
+    check_together(params=params, batch=batch)
     losses.check_parts(loss, params, batch)
     return LinearOperator(OverExamples(of_batch), space, (jax.tree.map(jnp.asarray, params), batch))
 
