@@ -4,6 +4,8 @@ On a CPU two devices share its cores, so that times say little; counts of flops 
 docs/scaling.md projects from them.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -39,8 +41,8 @@ def step_of(n, devices):
 
 
 def seconds(flops, sent, devices, link, latency):
-    """Of a step: the flops of one device, and a ring's all-reduce of the gradient, one after the other."""
-    return flops / CHIP + 2 * (devices - 1) / devices * sent / link + 2 * (devices - 1) * latency
+    """Of a step: the flops of one device, then the all-reduce of the gradient: bytes by a ring, messages by a tree."""
+    return flops / CHIP + 2 * (devices - 1) / devices * sent / link + 2 * math.log2(devices) * latency
 
 
 def projected(flops, sent):

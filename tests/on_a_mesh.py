@@ -118,5 +118,4 @@ if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     how, *arguments = sys.argv[1:]
     result = in_one_process(*arguments) if how == "layouts" else as_one_of_two(*map(int, arguments))
-    if result is not None:
-        print(json.dumps(result))
+    print(json.dumps(result))

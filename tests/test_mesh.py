@@ -27,7 +27,7 @@ def start(*arguments):
 def result(process):
     out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
-    return json.loads(out.splitlines()[-1]) if out else None
+    return json.loads(out.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
