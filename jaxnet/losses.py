@@ -282,6 +282,7 @@ def _both_ways(loss: Loss, params: ArrayTree, batch: ArrayTree, rows: Array) -> 
     return jax.lax.map(of, rows)
 
 
+@dataset.on_automatic_axes
 def check_labels(loss: Loss, params: ArrayTree, batch: Any, name: str) -> None:
     """Raise where a criterion of this module is NaN by a label, whatever the network says.
 
