@@ -6,7 +6,7 @@ import pathlib
 
 from benchmarks.timing import finish
 
-NAMES = ("training", "curvature", "per_example", "compile", "sharpness_sgd", "derived_rate", "bracket")
+NAMES = ("training", "curvature", "per_example", "compile", "sharpness_sgd", "derived_rate", "bracket", "scaling")
 
 
 def main():

@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "jaxnet"
 # Rooms by floor; a room imports from lower floors and from itself.
 FLOORS = [
     {"contract"},
+    {"mesh"},
     {"dataset"},
     {"losses", "nn", "data"},
     {"per_example", "training"},

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import erf
 
-from jaxnet import contract
+from jaxnet import contract, dataset
 from jaxnet.contract import Array
 from jaxnet.curvature import _lanczos
 from jaxnet.curvature._operators import LinearOperator, check_one_batch, flattened
@@ -54,6 +54,7 @@ class SpectralDensity:
         return each.mean(axis=-1), each.std(axis=-1, ddof=1) / probes**0.5
 
 
+@dataset.on_automatic_axes
 def spectral_density(op: LinearOperator, *, key: Array, num_probes: int = 8, num_steps: int = 64) -> SpectralDensity:
     """Stochastic Lanczos quadrature: the spectrum as a random vector sees it, averaged over vectors.
 

@@ -10,6 +10,7 @@ from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature._operators import LinearOperator
 from jaxnet.curvature._search import Eigenpairs, Eigensolver
+from jaxnet.mesh import check_together
 
 
 def eigsh(
@@ -63,6 +64,7 @@ def eigsh(
       [0.84 0.04]
     """
     contract.check_tolerance(tol)
+    check_together(op=op.operands, v0=v0)
     return _eigsh(Eigensolver(op.space, k, which, max_matvecs, ncv, v0 is not None), op, v0, key, tol)
 
 

@@ -69,6 +69,7 @@ class _State(NamedTuple):
     failed: Array
 
 
+@dataset.on_automatic_axes
 def follow(
     op: LinearOperator, starts: ArrayTree, tol: Array | float, *, key: Array, max_matvecs: int | None = None
 ) -> Leading:

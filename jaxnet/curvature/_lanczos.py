@@ -53,8 +53,9 @@ class Ritz(NamedTuple):
     filled: Array
 
 
+# No leaf is reshaped: one that lies in parts on several devices stays where it is, and sums alone are sent.
 def _precise_vdot(a: Array, b: Array) -> Array:
-    return jnp.vdot(a, b, precision=lax.Precision.HIGHEST)
+    return jnp.tensordot(a, b, axes=a.ndim, precision=lax.Precision.HIGHEST)
 
 
 def norm(v: ArrayTree) -> Array:
@@ -74,7 +75,8 @@ def coefficients(basis: ArrayTree, v: ArrayTree) -> Array:
     """Qᵀv (rows,)."""
 
     def leaf(q: Array, x: Array) -> Array:
-        return jnp.matmul(q.reshape(q.shape[0], -1), x.reshape(-1), precision=lax.Precision.HIGHEST)
+        axes = tuple(range(x.ndim))
+        return jnp.tensordot(q, x, axes=(tuple(i + 1 for i in axes), axes), precision=lax.Precision.HIGHEST)
 
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf, basis, v))).astype(_dtype(v))
 
@@ -83,22 +85,30 @@ def combine(basis: ArrayTree, coefficients: Array) -> ArrayTree:
     """Q c for coefficients (rows,), or one combination a column for (rows, columns)."""
 
     def leaf(q: Array) -> Array:
-        c = coefficients.astype(q.dtype)
-        mixed = jnp.matmul(c.T, q.reshape(q.shape[0], -1), precision=lax.Precision.HIGHEST)
-        return mixed.reshape(*c.shape[1:], *q.shape[1:])
+        return jnp.tensordot(coefficients.astype(q.dtype).T, q, axes=1, precision=lax.Precision.HIGHEST)
 
     return jax.tree.map(leaf, basis)
+
+
+def positions(shape: tuple[int, ...], first: int) -> Array:
+    """Of each entry of an array, in the order of its memory, counted from ``first``."""
+    stride, found = 1, jnp.full(shape, first, jnp.uint32)
+    for axis in reversed(range(len(shape))):
+        found += jnp.uint32(stride % 2**32) * lax.broadcasted_iota(jnp.uint32, shape, axis)
+        stride *= shape[axis]
+    return found
 
 
 def _generic_like(v: ArrayTree, seed: Array | int) -> ArrayTree:
     """A vector in general position, by an integer hash of each entry's index: no invariant subspace holds it."""
     leaves, structure = jax.tree.flatten(v)
-    hashed = []
-    for number, x in enumerate(leaves):
-        bits = jax.lax.iota(jnp.uint32, x.size) * jnp.uint32(2654435761)
-        bits = (bits ^ jnp.asarray(seed, jnp.uint32) ^ jnp.uint32(number << 16)) * jnp.uint32(2246822519)
+    hashed, first = [], 0
+    for x in leaves:
+        bits = positions(x.shape, first) * jnp.uint32(2654435761)
+        bits = (bits ^ jnp.asarray(seed, jnp.uint32)) * jnp.uint32(2246822519)
         bits = (bits ^ (bits >> 15)) * jnp.uint32(3266489917)
-        hashed.append(((bits >> 16).astype(jnp.float32) / 2**15 - 1).reshape(x.shape).astype(x.dtype))
+        hashed.append(((bits >> 16).astype(jnp.float32) / 2**15 - 1).astype(x.dtype))
+        first += x.size
     return jax.tree.unflatten(structure, hashed)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxnet import contract
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature._eigsh import eigsh
 from jaxnet.curvature._hessian import hessian
@@ -15,6 +15,7 @@ from jaxnet.curvature._search import Eigenpairs
 
 
 @contract.takes_loss
+@dataset.on_automatic_axes
 def layer_sharpness(
     loss: Loss,
     params: ArrayTree,

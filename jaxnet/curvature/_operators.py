@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import itertools
 import numbers
 import re
 from collections.abc import Callable
@@ -10,10 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import threefry2x32_p
 from jax.flatten_util import ravel_pytree
 
 from jaxnet import contract, dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.curvature._lanczos import positions
+from jaxnet.mesh import check_together, laid_out_like
 
 Product = Callable[[Any, Any], Any]
 
@@ -26,7 +30,7 @@ class Space:
       structure: of the pytree.
       shapes: of its leaves.
       dtypes: of its leaves.
-      apart: whether a leaf lies in parts on several devices.
+      apart: whether a leaf may lie in parts on several devices; of an argument of a `jit` only the compiler knows.
     """
 
     structure: Any
@@ -43,9 +47,8 @@ class Space:
         """
         contract.check_params(tree)
         leaves, structure = jax.tree.flatten(tree)
-        return cls(
-            structure, tuple(map(jnp.shape, leaves)), tuple(map(jnp.result_type, leaves)), any(map(_apart, leaves))
-        )
+        apart = jax.device_count() > 1
+        return cls(structure, tuple(map(jnp.shape, leaves)), tuple(map(jnp.result_type, leaves)), apart)
 
     @property
     def sizes(self) -> list[int]:
@@ -77,7 +80,7 @@ class Space:
         return jax.tree.unflatten(self.structure, leaves)
 
     def ravel(self, tree: ArrayTree) -> tuple[Array, ...]:
-        """The same vector as one flat array a dtype, or its leaves as they are where one lies apart.
+        """The same vector as one flat array a dtype, or its leaves as they are where one may lie apart.
 
         What works on a flat array is compiled once and not once a leaf; but leaves of other shardings cannot be joined
         without moving them.
@@ -105,23 +108,25 @@ class Space:
 
     def random(self, key: Array) -> ArrayTree:
         """A standard normal vector."""
-        # One draw for all leaves: XLA takes longer to compile a generator than to run it.
-        dtype = jnp.promote_types(jnp.result_type(*self.dtypes), jnp.float32)
-        uniform = jax.random.uniform(key, (self.size,), dtype, np.nextafter(np.array(-1, dtype), dtype.type(0)), 1)
-        normal = 2**0.5 * jax.lax.erf_inv(uniform)
-        ends = np.cumsum(self.sizes)
-        leaves = [
-            normal[end - size : end].reshape(shape).astype(dtype)
-            for end, size, shape, dtype in zip(ends, self.sizes, self.shapes, self.dtypes, strict=True)
-        ]
+        # By the entries' positions, so that each device draws its part of the same numbers, wherever leaves lie.
+        words, first = jax.random.key_data(key), 0
+        leaves: list[Any] = [None] * len(self.shapes)
+        for i in itertools.chain(*self._alike):
+            where = positions(self.shapes[i], first)
+            high, low = threefry2x32_p.bind(words[0], words[1], jnp.zeros_like(where), where)
+            leaves[i] = _normal(high, low, jnp.promote_types(self.dtypes[i], jnp.float32)).astype(self.dtypes[i])
+            first += self.sizes[i]
         return jax.tree.unflatten(self.structure, leaves)
 
 
-def _apart(x: Any) -> bool:
-    if isinstance(x, jax.core.Tracer):
-        # Of an explicit axis the type tells; of others only the compiler knows.
-        return any(axis is not None for axis in jax.typeof(x).sharding.spec)
-    return isinstance(x, jax.Array) and not x.sharding.is_fully_replicated
+def _normal(high: Array, low: Array, dtype: Any) -> Array:
+    """Normal numbers from 64 random bits each."""
+    if dtype == jnp.float64:
+        whole, bits = high.astype(dtype) * 2**20 + (low >> 12).astype(dtype), 52
+    else:
+        whole, bits = ((high ^ low) >> 8).astype(dtype), 24
+    # The middles of so many equal parts of (−1, 1).
+    return 2**0.5 * jax.lax.erf_inv(whole * 2.0 ** (1 - bits) - (1 - 2.0**-bits))
 
 
 @contract.result
@@ -141,6 +146,7 @@ class LinearOperator:
     space: Space = dataclasses.field(metadata={"static": True})
     operands: Any
 
+    @dataset.on_automatic_axes
     def __matmul__(self, v: ArrayTree) -> ArrayTree:
         """The product Av.
 
@@ -281,6 +287,7 @@ def _preconditioned(operands: Any, v: ArrayTree) -> ArrayTree:
     return jax.tree.map(jnp.divide, op @ jax.tree.map(jnp.divide, v, root), root)
 
 
+@dataset.on_automatic_axes
 def materialize(op: LinearOperator) -> Array:
     """The dense matrix (n, n) of an operator over n numbers, in the order of `jax.flatten_util.ravel_pytree`.
 
@@ -308,7 +315,8 @@ class OverExamples:
         """Of the operands ``(params, data)``."""
         params, data = operands
         v = jax.tree.map(lambda p, t: jnp.asarray(t, jnp.result_type(p)), params, v)
-        return dataset.mean(_Widened(self.of_batch), data, params, v)
+        product = dataset.mean(_Widened(self.of_batch), data, params, laid_out_like(params, v))
+        return laid_out_like(params, product)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,6 +344,7 @@ def over_examples(
     if not dataset.on_host(batch):
         contract.num_examples(batch)
         batch = contract.widened(batch)
+    check_together(params=params, batch=batch)
     losses.check_parts(loss, params, batch)
     return LinearOperator(OverExamples(of_batch), space, (jax.tree.map(jnp.asarray, params), batch))
 

@@ -17,6 +17,7 @@ from jaxnet.curvature._hessian import chosen, hessian
 from jaxnet.curvature._operators import LinearOperator
 from jaxnet.curvature._products import Differences, HessianProduct, by_derivatives, pushforward, words_of
 from jaxnet.curvature._search import Eigensolver
+from jaxnet.mesh import check_together
 
 # Examples whose own Hessian products are taken together.
 _AT_ONCE = 64
@@ -63,6 +64,7 @@ class Sharpness:
 
 
 @contract.takes_loss
+@dataset.on_automatic_axes
 def sharpness(
     loss: Loss,
     params: ArrayTree,
@@ -122,6 +124,7 @@ def sharpness(
         if v0 is not None:
             raise ValueError("subsample: the start is v0 already; give one of the two")
         v0 = _from_subsample(loss, params, batch, subsample, key, tol, product)
+    check_together(params=op.operands[0], v0=v0)
     target = _bound.log_inverse_share(op.space.size, failure_probability)
     solver = Eigensolver(op.space, max_matvecs=max_matvecs, ncv=ncv)
     return _measure(loss, op, v0, key, tol, target, solver, sampling_error)

@@ -7,7 +7,7 @@ import jax
 import optax
 from jax import lax
 
-from jaxnet import contract
+from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature._lanczos import norm
 from jaxnet.curvature._operators import LinearOperator, check_one_batch, flattened, shift
@@ -30,6 +30,7 @@ class Solution:
     converged: Array
 
 
+@dataset.on_automatic_axes
 def solve(
     op: LinearOperator,
     b: ArrayTree,

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jaxnet import contract
+from jaxnet import contract, dataset
 from jaxnet.contract import Array
 from jaxnet.curvature._lanczos import norm
 from jaxnet.curvature._operators import LinearOperator, check_one_batch, materialize
@@ -44,6 +44,7 @@ def _matfree() -> Any:
     return stochtrace
 
 
+@dataset.on_automatic_axes
 def trace(op: LinearOperator, *, key: Array, num_matvecs: int = 60, method: str = "xtrace") -> Estimate:
     """tr A without forming A.
 
@@ -81,6 +82,7 @@ def trace(op: LinearOperator, *, key: Array, num_matvecs: int = 60, method: str 
     return Estimate(value, error, passes * probes + first)
 
 
+@dataset.on_automatic_axes
 def diagonal(op: LinearOperator, *, key: Array, num_matvecs: int = 60) -> Estimate:
     """diag A, a pytree like params, as the mean of v∘Av over random signs v.
 

@@ -2,15 +2,28 @@
 
 from jaxnet.data._bundled import digits, mnist1d, mnist5k
 from jaxnet.data._files import Contents, load, read
-from jaxnet.data._orders import Order, batches, cyclic, independent, repeated, reshuffled, with_keys
+from jaxnet.data._orders import (
+    Order,
+    batches,
+    check_num_shards,
+    cyclic,
+    in_shards,
+    independent,
+    repeated,
+    reshuffled,
+    rows_in_shards,
+    with_keys,
+)
 from jaxnet.data._synthetic import two_gaussians, two_gaussians_exact
 
 __all__ = [
     "Contents",
     "Order",
     "batches",
+    "check_num_shards",
     "cyclic",
     "digits",
+    "in_shards",
     "independent",
     "load",
     "mnist1d",
@@ -18,6 +31,7 @@ __all__ = [
     "read",
     "repeated",
     "reshuffled",
+    "rows_in_shards",
     "two_gaussians",
     "two_gaussians_exact",
     "with_keys",

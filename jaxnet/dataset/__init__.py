@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.dataset._content import Content
+from jaxnet.mesh import automatic, on_automatic_axes, on_explicit_axes
 
 __all__ = [
     "Stream",
@@ -76,7 +76,7 @@ class Stream:
         empty = True
         for batch in self.batches:
             empty = False
-            yield batch
+            yield automatic(batch)
         if empty:
             raise ValueError("batch: expected at least one batch, got none")
 
@@ -311,38 +311,7 @@ def jit(function: Callable[..., Any], *, static_argnames: str | tuple[str, ...] 
     def call(*args: Any, **kwargs: Any) -> Any:
         return (function if on_host(args, kwargs) else compiled)(*args, **kwargs)
 
-    return call
-
-
-def on_explicit_axes(*trees: Any) -> bool:
-    """Whether an array's sharding is a part of its type."""
-    return bool(_explicit_meshes(trees))
-
-
-def _explicit_meshes(trees: Any) -> list[Any]:
-    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(trees) if isinstance(x, jax.Array))
-    return [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
-
-
-def on_automatic_axes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, within which arrays on a mesh of explicit axes are as on automatic ones; its results are whole
-    on every device."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        meshes = _explicit_meshes(leaves)
-        if not meshes:
-            return function(*args, **kwargs)
-        arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
-
-        def of_arrays(arrays: dict[int, Array]) -> Any:
-            args, kwargs = jax.tree.unflatten(structure, [arrays.get(i, x) for i, x in enumerate(leaves)])
-            return function(*args, **kwargs)
-
-        return auto_axes(of_arrays, out_sharding=NamedSharding(meshes[0], PartitionSpec()))(arrays)
-
-    return call
+    return on_automatic_axes(call)
 
 
 def while_loop(going_on: Callable[[State], Any], step: Callable[[State], State], state: State, *, data: Any) -> State:

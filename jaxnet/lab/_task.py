@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxnet import contract, data, losses, nn
 from jaxnet.contract import Array, Loss, UserError
@@ -131,6 +132,8 @@ class TaskConfig:
     """Of the initial parameters, the data's order and all random vectors."""
     dtype: str = "float32"
     """float32 or float64."""
+    devices: int | None = None
+    """So many devices, each with its part of the examples: of a CPU so many are made, of others the first are taken."""
 
 
 def keys_of(config: TaskConfig, count: int) -> Array:
@@ -212,10 +215,28 @@ def make_task(config: TaskConfig, *, key: Array) -> Task:
     shapes = jax.eval_shape(lambda key: network.init(key, train[0].shape[1:]), init_key)
     check_count("widths: the network's parameters", sum(x.size for x in jax.tree.leaves(shapes)), highest=MOST_PARAMS)
     params = network.init(init_key, train[0].shape[1:])
+    if config.devices is not None or jax.process_count() > 1:
+        params, train, test, row = _on_devices(config.devices, params, train, test)
+        rows.append(row)
     name = pathlib.Path(config.data).name
     title = f"{name}, {config.model}, {reading.criterion.replace('_', ' ')}"
     rows.append(("outputs", reading.num_outputs or 1, reading.remark))
     return Task(loss, network.apply, params, train, test, reading.labelled, title, rows)
+
+
+def _on_devices(num: int | None, params: Any, train: Any, test: Any) -> tuple[Any, Any, Any, tuple[str, Any, str]]:
+    """Everything on a mesh, the examples to train on in as many equal parts; the last line is for the job's table."""
+    devices = jax.devices()[:num]
+    num, length = len(devices), len(train[1])
+    if length < num:
+        raise UserError(f"devices: expected no more than {length}, the number of examples to train on, got {num}")
+    mesh = jax.make_mesh((num,), ("examples",), axis_types=(AxisType.Auto,), devices=devices)
+    put = lambda tree, *spec: jax.device_put(jax.tree.map(np.asarray, tree), NamedSharding(mesh, PartitionSpec(*spec)))
+    left = length % num
+    remark = f"of kind {devices[0].platform}, each with {length // num} of the examples"
+    remark += f"; {left} are left out, so that all have as many" if left else ""
+    train = put(jax.tree.map(lambda x: x[: length - left], train), "examples")
+    return put(params), train, None if test is None else put(test), ("devices", num, remark)
 
 
 Pair = tuple[Array, np.ndarray]

@@ -193,7 +193,7 @@ def _of_targets(task: Task) -> list[tuple[str, Any, str]]:
     """A warning where a network's outputs, which begin near 1, have far to go."""
     if task.labelled or task.apply is None:
         return []
-    largest = float(np.abs(np.asarray(task.train[1], np.float64)).max())
+    largest = float(jnp.abs(task.train[1]).max())
     if largest < LARGE_TARGETS:
         return []
     return [("largest target", largest, "far from outputs that begin near 1: pass --standardise-target, or rescale")]

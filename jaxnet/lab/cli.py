@@ -24,11 +24,13 @@ from rich.text import Text
 from jaxnet.contract import UserError
 from jaxnet.lab import analyse as main_job
 from jaxnet.lab import experiments, report, spectrum
-from jaxnet.lab._task import OnStage, known
+from jaxnet.lab._task import OnStage, check_count, known
 from jaxnet.lab.record import Record, versions
 
 # 70 is EX_SOFTWARE of BSD's sysexits.h: an error inside the program.
 DONE, CLAIM_FAILED, BAD_INPUT, BUG, INTERRUPTED = 0, 1, 2, 70, 130
+# Seconds without a sign of life after which JAX ends the processes that wait for another.
+HEARTBEAT = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,13 @@ class Output(Common):
     """The folder for record.json and the figures."""
     overwrite: bool = False
     """Write into a folder that is not empty; files of the same names are replaced."""
+    coordinator: str | None = None
+    """Where several processes run this command together: the first one's host:port; or auto, where Slurm, Open MPI or
+    Kubernetes started them."""
+    num_processes: int | None = None
+    """With a coordinator's host:port: how many there are."""
+    process_id: int | None = None
+    """With a coordinator's host:port: which of them this is, from 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +141,13 @@ def _run(command: Commands, console: Console) -> int:
         return _list(console)
     if isinstance(command, Doctor):
         return _doctor(console)
+    _join(command)
+    _devices()
     resumed = isinstance(command, Analyse) and command.resume
-    _check_out(command, resumed)
+    if jax.process_index() == 0:
+        _check_out(command, resumed)
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the figures need matplotlib: pip install 'jaxnet[app]'")
-    _devices()
     try:
         if isinstance(command, Analyse):
             begun = report.read_record(command.out) if resumed else None
@@ -147,6 +158,8 @@ def _run(command: Commands, console: Console) -> int:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise UserError("out of memory; take a smaller network or fewer examples") from error
+        if jax.process_count() > 1:
+            raise UserError(f"another process ended, or cannot be reached: {str(error).splitlines()[0]}") from error
         raise
 
 
@@ -178,6 +191,34 @@ def _check_out(output: Output, resumed: bool) -> None:
             pass
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror}); name another folder") from error
+
+
+def _join(command: Output) -> None:
+    """Make the devices asked for, and join the other processes, before JAX starts."""
+    num, processes = getattr(command, "devices", None), command.num_processes or 1
+    if num is not None:
+        check_count("devices", num)
+        if num % processes:
+            raise UserError(f"devices: expected a multiple of {processes}, the number of processes, got {num}")
+        # Where JAX has started already, what it has has to do.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", num // processes)
+    if command.coordinator is not None:
+        by_hand = command.coordinator != "auto"
+        if by_hand and (command.num_processes is None or command.process_id is None):
+            raise UserError("coordinator: with a host:port, --num-processes and --process-id have to be given too")
+        try:
+            jax.distributed.initialize(
+                command.coordinator if by_hand else None,
+                command.num_processes,
+                command.process_id,
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=HEARTBEAT,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"coordinator: the processes cannot meet: {error}") from error
+    if num is not None and len(_devices()) < num:
+        raise UserError(f"devices: expected 1 to {len(_devices())}, which there are, got {num}")
 
 
 def _devices() -> list[jax.Device]:
@@ -213,7 +254,7 @@ def _interruptible() -> Iterator[None]:
 def _bar() -> Iterator[OnStage]:
     """A bar on a terminal; nothing elsewhere."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or jax.process_index() > 0:
         yield lambda stage, share: None
         return
     columns = (BarColumn(), TimeElapsedColumn(), TimeLeft(), TextColumn("{task.description}"))
@@ -238,6 +279,8 @@ class TimeLeft(ProgressColumn):
 
 
 def _finish(record: Record, folder: pathlib.Path, console: Console) -> None:
+    if jax.process_index() > 0:
+        return
     for sentence in report.answer(record):
         console.print(sentence, style="bold", markup=False, highlight=False)
     for table in report.tables(record):
@@ -257,7 +300,8 @@ def _staged(command: Any, make_config: Any, stages: Callable[..., Iterator[Recor
         with jax.enable_x64(config.dtype == "float64"), _bar() as on_stage:
             for stage in stages(config, on_stage):
                 record = stage
-                report.write_record(record, command.out)
+                if jax.process_index() == 0:
+                    report.write_record(record, command.out)
     finally:
         if record is not None:
             _finish(record, command.out, console)

@@ -279,6 +279,7 @@ class Analysis:
 
 
 @contract.takes_loss
+@dataset.on_automatic_axes
 def analyse(
     loss: Loss,
     params: ArrayTree,

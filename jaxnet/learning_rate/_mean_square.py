@@ -28,6 +28,7 @@ _AT_MINIMUM = 1e-6
 
 
 @contract.takes_loss
+@dataset.on_automatic_axes
 def sgd_stability(
     loss: Loss,
     params: ArrayTree,
@@ -83,6 +84,7 @@ def sgd_stability(
 
 
 @contract.takes_loss
+@dataset.on_automatic_axes
 def stationary_excess(
     loss: Loss, params: ArrayTree, batch: ArrayTree, batch_size: int, rate: ArrayLike, *, replace: bool
 ) -> Array:

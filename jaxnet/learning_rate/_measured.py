@@ -61,6 +61,7 @@ class MeasuredStability:
 
 
 @contract.takes_loss
+@dataset.on_automatic_axes
 def measure_stability(
     loss: Loss,
     params: ArrayTree,

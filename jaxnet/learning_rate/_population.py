@@ -65,6 +65,7 @@ class MeasuredSgdStability:
 
 
 @contract.takes_loss
+@dataset.on_automatic_axes
 def measure_sgd_stability(
     loss: Loss,
     params: ArrayTree,

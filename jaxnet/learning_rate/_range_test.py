@@ -99,6 +99,7 @@ _NOT_PLAIN = "it holds for plain SGD, u = −ηg, only"
 
 
 @contract.takes_loss
+@dataset.on_automatic_axes
 def range_test(
     loss: Loss,
     start: ArrayTree | TrainState,

@@ -54,6 +54,7 @@ class Stability:
 
 
 @contract.takes_loss
+@dataset.on_automatic_axes
 def stability(
     loss: Loss,
     params: ArrayTree,

@@ -263,6 +263,7 @@ class _OfBatch:
 
 
 @contract.takes_loss
+@dataset.on_automatic_axes
 def gradients(loss: Loss, params: ArrayTree, batch: Any) -> PerExampleGradients:
     """The gradients of the N examples' own losses, as a value whose methods reduce over them.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.per_example._leaves import wide
 from jaxnet.per_example._noise import NoiseScale

@@ -252,7 +252,7 @@ def _run_like(about: dict[str, Any], state: TrainState) -> FitProgress:
     fields: Any = {field: own(name) if name in leaves else named(name) for field, name in rows.items()}
     best = Best(state.params, 0, 0.0) if ".best.loss" in leaves else None
     key = jax.random.key(0, impl=implementation) if implementation else own(".key")
-    return FitProgress(0, 0, state, History(**fields), best, 0, key, 0 if ".batch_size" in leaves else None)
+    return FitProgress(0, 0, state, History(**fields), best, 0, key, 0 if ".batch_size" in leaves else None, 1)
 
 
 def _check_same(path: pathlib.Path, about: dict[str, Any], like: ArrayTree) -> None:

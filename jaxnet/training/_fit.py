@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnet import contract, dataset
+from jaxnet import contract, dataset, losses, mesh
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, Observer, check_batch_size
-from jaxnet.data import Order, reshuffled
+from jaxnet.data import Order, check_num_shards, reshuffled
 from jaxnet.training import _program
 from jaxnet.training._history import FitProgress, FitResult, best_of, carried, check_same_run, history_of, result_of
 from jaxnet.training._optimizer import check_state, renewed
@@ -38,6 +38,7 @@ def fit(
     stop: StopRule | None = None,
     metrics: Mapping[str, Metric] | None = None,
     observers: Sequence[Observer] = (),
+    num_shards: int = 1,
 ) -> FitResult:
     """Minimise ``loss`` over ``data`` by mini-batch steps; one rule, three batch sizes.
 
@@ -68,6 +69,9 @@ def fit(
         epoch.
       observers: called with a `FitProgress` after each epoch, outside the compiled program; those that are context
         managers are entered before the first epoch, and left when the run ends, however it ends.
+      num_shards: S, a divisor of N and B: of S parts of the data that lie together, each is put in an order of its own,
+        and each step takes B/S examples of each. So many devices, or a divisor of their number, need not send one
+        another examples; the run is the same on any number of them.
 
     Returns:
       A `FitResult`. A run whose loss is not finite ends with that epoch, and says so in ``stopped``.
@@ -79,11 +83,13 @@ def fit(
       LeCun et al., "Efficient BackProp", 1998, sections 4.1 and 4.2.
     """
     data, validation = dataset.of(data), dataset.of(validation)
-    program = _make_program(loss, data, make_optimizer, learning_rate, batch_size, num_epochs, order, augment, metrics)
+    program = _make_program(
+        loss, data, make_optimizer, learning_rate, batch_size, num_epochs, order, augment, metrics, num_shards
+    )
     stop = _check_stop(stop, validation)
     run = start if isinstance(start, FitProgress) else None
     if run is not None:
-        check_same_run(run, key, program.batch_size, tuple(metrics or {}), validation is not None)
+        check_same_run(run, key, program.batch_size, program.num_shards, tuple(metrics or {}), validation is not None)
         start = run.state
     if isinstance(start, TrainState):
         contract.check_params(start.params)
@@ -91,6 +97,7 @@ def fit(
     else:
         state = init_state(start, make_optimizer(learning_rate))
     _check_resumed(state, program, data)
+    _check_data(loss, state.params, data, validation, augment)
     rate = jnp.zeros(()) if program.schedule else _check_rates(learning_rate, state.params)
     if jnp.ndim(rate):
         raise ValueError(f"learning_rate: expected one number, got shape {jnp.shape(rate)}; see sweep for several")
@@ -129,7 +136,15 @@ def _run(
             last = int(history.epoch[-1]) + program.num_epochs - done
             best, waited = best_of(carry, history), int(carry.waited)
             shown = FitProgress(
-                int(history.epoch[-1]), last, carry.state, history, best, waited, key, program.batch_size
+                epoch=int(history.epoch[-1]),
+                num_epochs=last,
+                state=carry.state,
+                history=history,
+                best=best,
+                waited=waited,
+                key=key,
+                batch_size=program.batch_size,
+                num_shards=program.num_shards,
             )
             for observer in observers:
                 observer(shown)
@@ -153,6 +168,7 @@ def sweep(
     validation: ArrayTree | None = None,
     stop: StopRule | None = None,
     metrics: Mapping[str, Metric] | None = None,
+    num_shards: int = 1,
 ) -> list[FitResult]:
     """`fit` from the same params at R learning rates, in one compiled, vmapped program.
 
@@ -171,6 +187,7 @@ def sweep(
       validation: held-out data.
       stop: a `StopRule`, for each run by itself.
       metrics: name -> ``metric(params, batch)``.
+      num_shards: as in `fit`.
 
     Returns:
       R results, as `fit` returns them.
@@ -189,7 +206,10 @@ def sweep(
         raise ValueError(f"learning_rates: expected one axis, as long as keys where given, got {rates.shape}")
     for held in (data, validation):
         dataset.check_in_memory("sweep", held, "use fit for one rate after the other, or pass a sample")
-    program = _make_program(loss, data, make_optimizer, rates[0], batch_size, num_epochs, order, augment, metrics)
+    program = _make_program(
+        loss, data, make_optimizer, rates[0], batch_size, num_epochs, order, augment, metrics, num_shards
+    )
+    _check_data(loss, start, data, validation, augment)
     stop = _check_stop(stop, validation)
     key_or_keys = key if keys is None else keys
     carries, rows, done = _program.compiled_sweep(
@@ -215,6 +235,7 @@ def _make_program(
     order: Order,
     augment: Augment | None,
     metrics: Mapping[str, Metric] | None,
+    num_shards: int,
 ) -> _program.Program:
     streamed = dataset.on_host(data)
     if streamed and order is not reshuffled:
@@ -229,10 +250,30 @@ def _make_program(
             "make_optimizer: expected a maker such as optax.sgd, to be called with the learning rate, got "
             f"{type(make_optimizer).__name__}; pass optax.sgd, not optax.sgd(0.1)"
         )
+    if streamed and num_shards != 1:
+        raise ValueError("num_shards: a data set in batches comes in an order of its own; shard where it is made")
+    num_shards = check_num_shards(num_shards, n, batch_size)
     schedule = learning_rate if callable(learning_rate) else None
     return _program.Program(
-        loss, make_optimizer, schedule, batch_size, num_epochs, order, augment, tuple((metrics or {}).items())
+        loss,
+        make_optimizer,
+        schedule,
+        batch_size,
+        num_epochs,
+        order,
+        augment,
+        tuple((metrics or {}).items()),
+        num_shards,
     )
+
+
+def _check_data(loss: Loss, params: ArrayTree, data: Any, validation: Any, augment: Augment | None) -> None:
+    """Raise where arrays lie on different devices, or labels have no loss: a run would only be told to diverge."""
+    mesh.check_together(start=params, data=data, validation=validation)
+    # What an augmentation makes of the data is not at hand.
+    for name, held in (("data", None if augment else data), ("validation", validation)):
+        if held is not None and not dataset.on_host(held):
+            losses.check_labels(loss, params, held, name)
 
 
 def _check_rates(rates: Any, params: ArrayTree) -> Array:

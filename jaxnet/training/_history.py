@@ -100,6 +100,7 @@ class FitProgress(NamedTuple):
       waited: epochs since the best one, which a `StopRule` counts.
       key: of the run.
       batch_size: of the run.
+      num_shards: of the run: its data's order is a function of this too.
     """
 
     epoch: int
@@ -110,6 +111,7 @@ class FitProgress(NamedTuple):
     waited: int
     key: Array
     batch_size: int | None
+    num_shards: int = 1
 
 
 def carried(run: FitProgress, stop: StopRule) -> _program.Carry:
@@ -128,12 +130,17 @@ def carried(run: FitProgress, stop: StopRule) -> _program.Carry:
 
 
 def check_same_run(
-    run: FitProgress, key: Array, batch_size: int | None, names: tuple[str, ...], has_validation: bool
+    run: FitProgress,
+    key: Array,
+    batch_size: int | None,
+    num_shards: int,
+    names: tuple[str, ...],
+    has_validation: bool,
 ) -> None:
     """Raise unless `fit` was asked for the run that it is to go on with.
 
     Raises:
-      UserError: key, batch size, metrics or validation are others.
+      UserError: key, batch size, number of shards, metrics or validation are others.
     """
     remedy = "; go on with the same, or begin another run from start.state"
     data_of = lambda key: np.asarray(
@@ -141,6 +148,7 @@ def check_same_run(
     )
     asked: dict[str, tuple[Any, Any]] = {
         "batch_size": (run.batch_size, batch_size),
+        "num_shards": (run.num_shards, num_shards),
         "key": (data_of(run.key).tolist(), data_of(key).tolist()),
         "metrics": (sorted(run.history.metrics), sorted(names)),
         "validation": (run.best is not None, has_validation),

@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
-from jaxnet.data import Order
+from jaxnet.data import Order, in_shards, rows_in_shards
 from jaxnet.training._trajectory import trajectory
 from jaxnet.training._update import TrainState, apply_gradient, make_update
 
@@ -49,6 +49,7 @@ class Program:
     order: Order
     augment: Augment | None
     metrics: tuple[tuple[str, Metric], ...]
+    num_shards: int = 1
 
     def steps_per_epoch(self, n: int) -> int:
         """⌈N/B⌉: a last batch that is smaller than B is a step too."""
@@ -118,15 +119,16 @@ def _epoch(program: Program, state: TrainState, rate: Array, data: Any, key: Arr
     if program.batch_size is None:
         state, metrics = trajectory(update, state, data, num_steps=1)
         return state, metrics["loss"], jnp.array([n])
-    size, steps = program.batch_size, program.steps_per_epoch(n)
-    rows_of = lambda rows: jax.tree.map(lambda x: x[rows], data)
-    step = lambda state, rows: update(state, rows_of(rows))
-    indices, whole = program.order(key, state.step // steps, n), n // size
+    size, steps, shards = program.batch_size, program.steps_per_epoch(n), program.num_shards
+    step = lambda state, rows: update(state, rows_in_shards(data, rows))
+    indices = in_shards(program.order, key, state.step // steps, n, shards)
+    own, whole = size // shards, n // size
+    in_steps = indices[:, : whole * own].reshape(shards, whole, own).swapaxes(0, 1)
     # Two steps an iteration: a step of one example costs little more than the loop around it.
-    state, metrics = trajectory(step, state, indices[: whole * size].reshape(whole, size), unroll=2)
+    state, metrics = trajectory(step, state, in_steps, unroll=2)
     losses = metrics["loss"]
     if whole < steps:
-        state, metrics = step(state, indices[whole * size :])
+        state, metrics = step(state, indices[:, whole * own :])
         losses = jnp.append(losses, metrics["loss"])
     return state, losses, jnp.full(steps, size).at[-1].set(n - (steps - 1) * size)
 

@@ -1,0 +1,121 @@
+"""What `test_mesh` runs in processes of its own; the last line it prints is JSON."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.collectives import collectives
+from jaxnet import contract, curvature, losses, nn, per_example, training
+
+KEY = jax.random.key
+MODEL = nn.mlp([8, 4], activation=jnp.tanh)
+FEW = ("Auto, rows of params", "Explicit, data", "Explicit, both")
+LOSS = losses.mean_loss(MODEL.apply, losses.softmax_cross_entropy)
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    return MODEL.init(KEY(0), (8,)), (rng.normal(size=(24, 8)), np.arange(24, dtype=np.int32) % 4)
+
+
+def numbers(params, batch):
+    found = curvature.sharpness(LOSS, params, batch, key=KEY(1))
+    run = lambda size, **how: training.fit(
+        LOSS, params, batch, optax.sgd, learning_rate=0.1, batch_size=size, num_epochs=2, key=KEY(2), **how
+    )
+    noise = per_example.noise_scale(LOSS, params, batch)
+    runs = {"full batch": run(None), "mini-batch": run(8, num_shards=4)}
+    weights = lambda tree: [float((x * x).sum()) for x in jax.tree.leaves(tree)]
+    return {
+        "sharpness": [float(x) for x in (found.value, found.upper_bound)],
+        "spent": [int(found.num_matvecs), bool(found.converged)],
+        "noise": [float(x) for x in (noise.value, noise.standard_error)],
+        **{name: [*map(float, one.history.loss), *weights(one.state.params)] for name, one in runs.items()},
+    }
+
+
+def columns(x):
+    return P(*[None] * (x.ndim - 1), "model")
+
+
+def layouts(which):
+    params, batch = problem()
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 2), ("examples", "model"), axis_types=(kind, kind))
+        put = lambda tree, spec: jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec(x))), tree)
+        whole, rows = (lambda x: P()), (lambda x: P("examples"))
+        for name, of_params, of_batch in (
+            ("data", whole, rows),
+            ("params", columns, whole),
+            ("both", columns, rows),
+            ("rows of params", lambda x: P("model"), rows),
+        ):
+            layout = f"{kind.name}, {name}"
+            if which == "all" or layout in FEW:
+                yield layout, put(params, of_params), put(batch, of_batch)
+
+
+def gathers(params, batch):
+    product = collectives(lambda p, b, v: curvature.hessian(LOSS, p, b) @ v, params, batch, params)
+    search = collectives(lambda p, b: curvature.sharpness(LOSS, p, b, key=KEY(1)), params, batch)
+    leading = jax.jit(lambda p, b: curvature.sharpness(LOSS, p, b, key=KEY(1)))(params, batch).leading
+    alike = lambda x, p: x[0].sharding.is_equivalent_to(p.sharding, p.ndim)
+    return {
+        "product": len(product["all-gather"]),
+        "sharpness": len(search["all-gather"]),
+        "alike": all(map(alike, jax.tree.leaves(leading), jax.tree.leaves(params))),
+    }
+
+
+def sent(params, batch):
+    update = training.make_update(LOSS, optax.sgd(0.1))
+    state = training.init_state(params, optax.sgd(0.1))
+    found = collectives(update, state, batch)
+    assert not found["all-gather"]
+    return {"bytes": sum(found["all-reduce"]), "params": sum(x.nbytes for x in jax.tree.leaves(params))}
+
+
+def refused(params, batch):
+    mesh = jax.make_mesh((2,), ("examples",), axis_types=(AxisType.Auto,), devices=jax.devices()[2:])
+    moved = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("examples"))), batch)
+    try:
+        training.fit(LOSS, params, moved, optax.sgd, learning_rate=0.1, batch_size=8, num_epochs=1, key=KEY(2))
+    except contract.UserError as error:
+        return str(error)
+
+
+def in_one_process(which):
+    jax.config.update("jax_num_cpu_devices", 4)
+    found = {name: (params, batch) for name, params, batch in layouts(which)}
+    return {
+        "one device": numbers(*problem()),
+        "layouts": {name: numbers(*placed) for name, placed in found.items()},
+        "gathers": {name: gathers(*found[name]) for name in found if name != "Explicit, data"},
+        "sent": sent(*found["Explicit, data"]),
+        "error": refused(*found["Explicit, data"]),
+    }
+
+
+def as_one_of_two(number, port):
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(f"localhost:{port}", 2, number)
+    params, batch = problem()
+    mesh = jax.make_mesh((4,), ("examples",))
+    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("examples"))
+    own = jax.tree.map(lambda x: x[12 * number : 12 * number + 12], batch)
+    params = jax.tree.map(lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), params)
+    found = numbers(params, jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), own))
+    return found if number == 0 else None
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    how, *arguments = sys.argv[1:]
+    result = in_one_process(*arguments) if how == "layouts" else as_one_of_two(*map(int, arguments))
+    print(json.dumps(result))
