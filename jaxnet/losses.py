@@ -200,10 +200,11 @@ class ChunkedLoss:
         dataset.check_in_memory("chunked", batch, "a function that goes through one gives its loss batch by batch")
         if num_examples(batch) <= self.size:
             return self.loss(params, batch)  # one chunk: nothing to save by computing it twice
-        if dataset.on_explicit_axes(params, batch):
-            # Chunks cut across the shards, and XLA then counts rows that it pads with in the gradient of a lookup.
-            raise TypeError("chunked: a batch on a mesh of explicit axes lies in shards already; take the loss itself")
         check_mean(self.loss, params, batch)
+        return self._over_chunks(params, batch)
+
+    @dataset.on_automatic_axes
+    def _over_chunks(self, params: ArrayTree, batch: ArrayTree) -> Array:
         # Rematerialised, so that the backward pass holds one chunk's intermediates and not all of them.
         one = jax.checkpoint(self.loss)
         return dataset.mean(lambda chunk, params: one(params, chunk), batch, params, size=self.size)

@@ -21,9 +21,6 @@ class _GaussNewtonProduct:
     loss: Loss
 
     def __call__(self, batch: Any, params: ArrayTree, v: ArrayTree) -> ArrayTree:
-        # A chunked loss refuses explicit axes; of its parts the product would not ask it.
-        if isinstance(self.loss, losses.ChunkedLoss) and dataset.on_explicit_axes(params, batch):
-            self.loss(params, batch)
         return _product(self.loss, batch, params, v)
 
 

@@ -262,6 +262,7 @@ def _over_stream(function: Callable[..., Any], data: Stream, given: Any, *, weig
 
 def _over_chunks(function: Callable[..., Any], batch: Any, given: Any, *, weighted: bool, size: int) -> Any:
     n = contract.num_examples(batch)
+    size = _even(size, n)
     whole = n // size * size
     chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), batch)
     like = jax.eval_shape(lambda chunks: function(jax.tree.map(lambda x: x[0], chunks), *given)[1], chunks)
@@ -278,6 +279,17 @@ def _over_chunks(function: Callable[..., Any], batch: Any, given: Any, *, weight
         entries = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), entries, more)
         summed = _add(summed, rest, n - whole if weighted else 1)
     return entries, summed, like, n
+
+
+def _even(size: int, n: int) -> int:
+    """The largest chunk, up to this size, that parts on several devices are cut into without remainders.
+
+    Where a chunk, or what is left of the last, is padded to lie on all devices, XLA reads the rows of a lookup wrongly
+    (jaxlib 0.10 on CPUs). How the examples lie is not known inside a `jit`: on any number of parts that divides both.
+    """
+    parts = [d for d in range(2, jax.device_count() + 1) if jax.device_count() % d == 0 and n % d == 0]
+    fits = lambda size: all(size % d == 0 or (n // d) % size == 0 for d in parts)
+    return next(s for s in range(size, 0, -1) if fits(s))
 
 
 @functools.partial(jax.jit, static_argnums=0)

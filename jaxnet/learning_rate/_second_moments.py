@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jaxnet import losses
+from jaxnet import dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import Eigensolver, LinearOperator, Space, pushforward
 from jaxnet.learning_rate._settled import Recursion
@@ -155,7 +155,7 @@ def factors(loss: Loss, params: ArrayTree, data: ArrayTree, root: Array, key: Ar
         values, vectors = jnp.linalg.eigh(directions @ products.T)
         return (vectors * _inverse_root(values)).T @ products
 
-    return lax.map(of_example, data, batch_size=8)
+    return dataset.rows(jax.vmap(of_example), data, size=8)
 
 
 def _inverse_limits(factors: Array, recursion: Recursion, share: Array) -> tuple[Array, Array]:

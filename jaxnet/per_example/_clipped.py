@@ -69,9 +69,7 @@ class ClippedGrad:
         if padding.shape != (n,):
             raise ValueError(f"is_padding_example: expected shape ({n},), got {padding.shape}")
         max_norm = jnp.asarray(self.max_norm)
-        # On explicit axes all at once: chunks cut across the shards, and XLA then miscounts the rows of a lookup.
-        size = n if dataset.on_explicit_axes(params, batch) else self.microbatch_size
-        (values, norms), summed = _sum(self.loss, size, params, batch, padding, max_norm)
+        (values, norms), summed = _sum(self.loss, self.microbatch_size, params, batch, padding, max_norm)
         noise = self.noise_multiplier * max_norm if noisy else None
         gradient = _noised(summed, params, n if self.normalise_by is None else self.normalise_by, noise, key)
         if not self.has_aux:

@@ -58,16 +58,17 @@ same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9)
 expected = jax.device_get(everything(params, batch))
 jax.tree.map(same, jax.device_get(everything(*placed)), expected)
 jax.tree.map(same, jax.device_get(more(*placed)), jax.device_get(more(params, batch)))
-try:
-    jax.jit(jax.grad(chunked))(*placed)
-    raise AssertionError("chunks on a mesh")
-except TypeError as error:
-    assert "explicit axes" in str(error)
-try:
-    curvature.gauss_newton(chunked, *placed) @ placed[0]
-    raise AssertionError("chunks on a mesh")
-except TypeError as error:
-    assert "explicit axes" in str(error)
+# Chunks of five would cut across the devices' shards.
+in_chunks = lambda p, b: (
+    jax.jit(jax.grad(chunked))(p, b),
+    curvature.gauss_newton(chunked, p, b) @ p,
+    curvature.hessian(chunked, p, b) @ p,
+    curvature.fisher(chunked, p, b, key=key) @ p,
+)
+automatic = jax.make_mesh((4,), ("examples",), axis_types=(AxisType.Auto,))
+for other in (mesh, automatic):
+    lying = lambda tree, *spec: jax.device_put(tree, NamedSharding(other, PartitionSpec(*spec)))
+    jax.tree.map(same, jax.device_get(in_chunks(lying(params), lying(batch, "examples"))), in_chunks(params, batch))
 with jax.set_mesh(mesh):
     jax.tree.map(same, jax.device_get(everything(*placed)), expected)
     within = jax.device_get(eagerly(*placed))
