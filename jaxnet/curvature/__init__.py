@@ -4,10 +4,19 @@ from jaxnet.curvature._density import SpectralDensity, spectral_density
 from jaxnet.curvature._eigsh import eigsh
 from jaxnet.curvature._follow import LEADING, Leading, follow
 from jaxnet.curvature._gauss_newton import fisher, gauss_newton
-from jaxnet.curvature._hessian import hessian
+from jaxnet.curvature._hessian import hessian, quadratic_form
 from jaxnet.curvature._layers import layer_sharpness
 from jaxnet.curvature._online import OnlineSharpness, online_sharpness
-from jaxnet.curvature._operators import LinearOperator, Space, flattened, materialize, precondition, restrict, shift
+from jaxnet.curvature._operators import (
+    LinearOperator,
+    Space,
+    flattened,
+    materialize,
+    precondition,
+    restrict,
+    shift,
+    unflattened,
+)
 from jaxnet.curvature._search import Eigenpairs, Eigensolver
 from jaxnet.curvature._second_moment import empirical_fisher, gradient_covariance
 from jaxnet.curvature._sharpness import Sharpness, sharpness
@@ -43,6 +52,7 @@ __all__ = [
     "materialize",
     "online_sharpness",
     "precondition",
+    "quadratic_form",
     "restrict",
     "sharpness",
     "shift",
@@ -50,6 +60,7 @@ __all__ = [
     "spectral_density",
     "trace",
     "track",
+    "unflattened",
 ]
 
 

@@ -1,10 +1,11 @@
 """A few eigenpairs of a symmetric operator, to a stated accuracy."""
 
+import dataclasses
 import functools
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
-from jaxnet.curvature._operators import LinearOperator
+from jaxnet.curvature._operators import LinearOperator, flattened, inner, unflattened
 from jaxnet.curvature._search import Eigenpairs, Eigensolver
 
 
@@ -53,9 +54,13 @@ def eigsh(
       Parlett, "The Symmetric Eigenvalue Problem", 1998, sections 11.7 and 13.2.
     """
     contract.check_tolerance(tol)
-    return _eigsh(Eigensolver(op.space, k, which, max_matvecs, ncv, v0 is not None), op, v0, key, tol)
+    op.space.check("v0", op.space.zeros() if v0 is None else v0)
+    flat = flattened(op)
+    return _eigsh(Eigensolver(flat.space, k, which, max_matvecs, ncv, v0 is not None), flat, v0, key, tol)
 
 
 @functools.partial(dataset.jit, static_argnames="solver")
 def _eigsh(solver: Eigensolver, op: LinearOperator, v0: ArrayTree | None, key: Array, tol: Array | float) -> Eigenpairs:
-    return solver.search(op, solver.start(key, v0), tol)[0]
+    start = solver.start(key, None if v0 is None else inner(op).space.ravel(v0))
+    pairs, _ = solver.search(op, start, tol)
+    return dataclasses.replace(pairs, vectors=unflattened(op, pairs.vectors))

@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature._operators import LinearOperator, Space, over_examples
+from jaxnet.curvature._operators import LinearOperator, OverExamples, Space, over_examples
 
 
 @contract.takes_loss
@@ -57,6 +58,33 @@ class _HessianProduct:
         if "custom_lin[" in str(closed.jaxpr) and not _compiles(closed):
             return jax.vjp(gradient, params)[1](v)[0]
         return jax.tree.unflatten(jax.tree.structure(like), jaxpr_as_fun(closed)(*jax.tree.leaves((params, v))))
+
+
+def quadratic_form(op: LinearOperator, v: ArrayTree) -> Array:
+    """vᵀAv; of a Hessian by differentiation forwards only, which is half of a product's work and of its compilation.
+
+    Raises:
+      ValueError: ``v`` has not the structure and shapes of the space.
+    """
+    if isinstance(op.product, OverExamples) and isinstance(op.product.of_batch, _HessianProduct):
+        op.space.check("v", v)
+        return jnp.asarray(OverExamples(HessianForm(op.product.of_batch.loss))(op.operands, v))
+    return optax.tree.vdot(v, op @ v)
+
+
+@dataclasses.dataclass(frozen=True)
+class HessianForm:
+    """vᵀHv on a batch, twice forwards: half of a product's work. By a product where a function has a rule for reverse
+    differentiation only."""
+
+    loss: Loss
+
+    def __call__(self, batch: Any, params: ArrayTree, v: ArrayTree) -> Array:
+        """The form, a scalar."""
+        if "custom_vjp_call" in str(jax.make_jaxpr(self.loss)(params, batch).jaxpr):
+            return optax.tree.vdot(v, _HessianProduct(self.loss)(batch, params, v))
+        slope = lambda p: jax.jvp(lambda p: self.loss(p, batch), (p,), (v,))[1]
+        return jax.jvp(slope, (params,), (v,))[1]
 
 
 def _compiles(closed: ClosedJaxpr) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 import numbers
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from jaxnet import contract, dataset, losses
@@ -71,6 +73,31 @@ class Space:
         leaves = [jnp.zeros(shape, dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
         return jax.tree.unflatten(self.structure, leaves)
 
+    @property
+    def flat(self) -> "Space":
+        """The space of vectors as `ravel` lays them out."""
+        if self.apart:
+            return dataclasses.replace(self, structure=jax.tree.structure(self.shapes, is_leaf=_is_shape))
+        sizes = self.sizes
+        dtypes = tuple(self.dtypes[places[0]] for places in self._alike)
+        shapes = tuple((sum(sizes[i] for i in places),) for places in self._alike)
+        return Space(jax.tree.structure(dtypes), shapes, dtypes)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each leaf begins in the flat array that it is a part of.
+
+        As an argument of a compiled program, and no constant in it, they let XLA compile one kernel for all leaves of
+        one shape that it cuts out, and whatever then becomes of them, where it takes one a leaf otherwise.
+        """
+        sizes = self.sizes
+        found: dict[int, int] = {}
+        for places in self._alike:
+            ends = np.cumsum([sizes[i] for i in places])
+            found |= {i: int(end) - sizes[i] for i, end in zip(places, ends, strict=True)}
+        return tuple(found[i] for i in range(len(sizes)))
+
+    @functools.partial(jax.jit, static_argnums=0)
     def ravel(self, tree: ArrayTree) -> tuple[Array, ...]:
         """The same vector as one flat array a dtype, or its leaves as they are where one lies apart.
 
@@ -82,15 +109,24 @@ class Space:
             return tuple(leaves)
         return tuple(jnp.concatenate([leaves[i].reshape(-1) for i in places]) for places in self._alike)
 
-    def unravel(self, flat: tuple[Array, ...]) -> ArrayTree:
-        """The pytree of such arrays."""
+    def unravel(self, flat: tuple[Array, ...], starts: tuple[Any, ...] | None = None) -> ArrayTree:
+        """The pytree of such arrays; of several vectors with a leading axis, so are its leaves.
+
+        Args:
+          flat: as `ravel` gives them.
+          starts: `starts`, where a compiled program has them among its arguments.
+        """
+        return self._cut(flat, self.starts if starts is None else starts)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _cut(self, flat: tuple[Array, ...], starts: tuple[Any, ...]) -> ArrayTree:
         if self.apart:
             return jax.tree.unflatten(self.structure, flat)
-        leaves: list[Any] = [None] * len(self.shapes)
+        leaves, sizes = list(starts), self.sizes
         for joined, places in zip(flat, self._alike, strict=True):
-            ends = np.cumsum([self.sizes[i] for i in places])
-            for i, end in zip(places, ends, strict=True):
-                leaves[i] = joined[end - self.sizes[i] : end].reshape(self.shapes[i])
+            for i in places:
+                part = lax.dynamic_slice_in_dim(joined, starts[i], sizes[i], -1) if len(places) > 1 else joined
+                leaves[i] = part.reshape(*joined.shape[:-1], *self.shapes[i])
         return jax.tree.unflatten(self.structure, leaves)
 
     @property
@@ -110,6 +146,10 @@ class Space:
             for end, size, shape, dtype in zip(ends, self.sizes, self.shapes, self.dtypes, strict=True)
         ]
         return jax.tree.unflatten(self.structure, leaves)
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(length, int) for length in x)
 
 
 def _apart(x: Any) -> bool:
@@ -196,13 +236,22 @@ def _shifted(operands: Any, v: ArrayTree) -> ArrayTree:
     return jax.tree.map(lambda a, x: a + by.astype(x.dtype) * x, op @ v, v)
 
 
-def flattened(op: LinearOperator) -> LinearOperator:
-    """The same matrix over vectors as `Space.ravel` lays them out, which compile once and not once a leaf."""
-    return LinearOperator(_flattened, Space.of(op.space.ravel(op.space.zeros())), op)
+def flattened(op: LinearOperator, starts: tuple[Any, ...] | None = None) -> LinearOperator:
+    """The same matrix over vectors as `Space.ravel` lays them out, which compile once and not once a leaf.
+
+    Make it outside of `jit` and hand it in, or hand in its space's ``starts``: they are operands, and an argument then.
+    """
+    return LinearOperator(_flattened, op.space.flat, (op, op.space.starts if starts is None else starts))
 
 
-def _flattened(op: LinearOperator, v: tuple[Array, ...]) -> tuple[Array, ...]:
-    return op.space.ravel(op @ op.space.unravel(v))
+def _flattened(operands: Any, v: tuple[Array, ...]) -> tuple[Array, ...]:
+    op, starts = operands
+    return op.space.ravel(op @ op.space.unravel(v, starts))
+
+
+def unflattened(op: LinearOperator, v: tuple[Array, ...]) -> ArrayTree:
+    """What a vector of an operator that `flattened` made stands for; or several, with a leading axis."""
+    return inner(op).space.unravel(v, op.operands[1])
 
 
 def leaf_names(structure: Any) -> list[str]:
@@ -360,7 +409,7 @@ def check_deterministic(op: LinearOperator) -> bool:
         if not all(jnp.allclose(a, b, rtol=1e-3, atol=1e-3 * jnp.abs(a).max(), equal_nan=True) for a, b in passes):
             raise ValueError(f"loss: two passes over the batches differ; {remedy}, and let the batches stay the same")
         return False
-    function, given = _to_trace(op)
+    function, given = _to_trace(inner(op))
     try:
         one, two = (jax.make_jaxpr(lambda *a: function(*a))(*given) for _ in range(2))
     except jax.errors.UnexpectedTracerError as error:
@@ -369,6 +418,11 @@ def check_deterministic(op: LinearOperator) -> bool:
     if first != second or len(one.consts) != len(two.consts) or not all(map(_same_constant, one.consts, two.consts)):
         raise ValueError(f"loss: two evaluations at the same params and batch differ; {remedy}")
     return re.search(r"\b(bf16|f16|f8\w*|f4\w*)\[", first) is not None
+
+
+def inner(op: LinearOperator) -> LinearOperator:
+    """The operator that `flattened` made this of, or itself."""
+    return op.operands[0] if op.product is _flattened else op
 
 
 def _to_trace(op: LinearOperator) -> tuple[Callable[..., Any], Any]:

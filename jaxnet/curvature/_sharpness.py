@@ -6,15 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import _bound
-from jaxnet.curvature._follow import LEADING, Leading, follow
-from jaxnet.curvature._hessian import hessian
-from jaxnet.curvature._operators import LinearOperator
+from jaxnet.curvature._follow import LEADING, Leading, followed
+from jaxnet.curvature._hessian import HessianForm, hessian
+from jaxnet.curvature._operators import LinearOperator, flattened, inner, unflattened
 from jaxnet.curvature._search import Eigensolver
 
 # Examples whose own Hessian products are taken together.
@@ -106,8 +105,9 @@ def sharpness(
             raise ValueError("subsample: the start is v0 already; give one of the two")
         v0 = _from_subsample(loss, params, batch, subsample, key, tol)
     target = _bound.log_inverse_share(op.space.size, failure_probability)
-    solver = Eigensolver(op.space, max_matvecs=max_matvecs, ncv=ncv)
-    return _measure(loss, op, v0, key, tol, target, solver, sampling_error)
+    flat = flattened(op)
+    solver = Eigensolver(flat.space, max_matvecs=max_matvecs, ncv=ncv)
+    return _measure(loss, flat, v0, key, tol, target, solver, sampling_error)
 
 
 @functools.partial(dataset.jit, static_argnames=("loss", "solver", "sampling_error"))
@@ -126,7 +126,7 @@ def _measure(
         num_leading = LEADING if solver.ncv is None else 1
         found = Leading(
             pairs.values[0],
-            solver.leading(end, num_leading),
+            unflattened(op, solver.leading(end, num_leading)),
             pairs.residual_norms[0],
             pairs.num_matvecs,
             pairs.converged,
@@ -134,9 +134,9 @@ def _measure(
         bound = _bound.upper_bound(end.polynomials, lax.stop_gradient(found.value), target)
         bound = jnp.where(end.rough, jnp.nan, bound)
     else:
-        found = follow(op, v0, tol, key=key, max_matvecs=solver.max_matvecs)
+        found = followed(op, v0, tol, key, solver.max_matvecs)
         bound = jnp.full_like(found.value, jnp.nan)
-    params, data = op.operands
+    params, data = inner(op).operands
     vector = jax.tree.map(lambda x: x[0], found.vectors)
     return Sharpness(
         value=found.value,
@@ -172,16 +172,5 @@ class _QuadraticForms:
     loss: Loss
 
     def __call__(self, batch: Any, params: ArrayTree, vector: ArrayTree) -> Array:
-        own = lambda p, example: self.loss(p, jax.tree.map(lambda x: x[None], example))
-        one = jax.tree.map(lambda x: x[0], batch)
-        # Twice forwards is half of the work, where no function has a rule for reverse only.
-        forwards = "custom_vjp_call" not in str(jax.make_jaxpr(own)(params, one).jaxpr)
-
-        def of_example(example: ArrayTree) -> Array:
-            slope = lambda p: jax.jvp(lambda p: own(p, example), (p,), (vector,))[1]
-            if forwards:
-                return jax.jvp(slope, (params,), (vector,))[1]
-            op = hessian(self.loss, params, jax.tree.map(lambda x: x[None], example))
-            return optax.tree.vdot(vector, op @ vector)
-
-        return dataset.rows(jax.vmap(of_example), jax.tree.map(jnp.asarray, batch), size=_AT_ONCE)
+        of = lambda example: HessianForm(self.loss)(jax.tree.map(lambda x: x[None], example), params, vector)
+        return dataset.rows(jax.vmap(of), jax.tree.map(jnp.asarray, batch), size=_AT_ONCE)

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxnet.contract import UserError
+from jaxnet.lab import _compiled, experiments, report, spectrum
 from jaxnet.lab import analyse as main_job
-from jaxnet.lab import experiments, report, spectrum
 from jaxnet.lab._task import OnStage, known
 from jaxnet.lab.record import Record, versions
 
@@ -45,6 +45,8 @@ class Output(Common):
     """The folder for record.json and the figures."""
     overwrite: bool = False
     """Write into a folder that is not empty; files of the same names are replaced."""
+    keep_programs: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run of the kind need not compile them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +133,11 @@ def _run(command: Commands, console: Console) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the figures need matplotlib: pip install 'jaxnet[app]'")
     _devices()
+    with _compiled.kept(command.keep_programs):
+        return _work(command, console)
+
+
+def _work(command: Analyse | Spectrum | Experiment, console: Console) -> int:
     try:
         if isinstance(command, Analyse):
             return _staged(command, main_job.AnalyseConfig, main_job.stages, console)
@@ -211,8 +218,15 @@ def _bar() -> Iterator[OnStage]:
         return
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=1.0)
-        yield lambda stage, share: bar.update(task, description=stage, completed=share)
+        task, stages = bar.add_task("starting", total=1.0), ["starting"]
+
+        def on_stage(stage: str, share: float) -> None:
+            stages.append(stage)
+            bar.update(task, description=stage, completed=share)
+
+        compiling = lambda now: bar.update(task, description=f"{stages[-1]}: compiling …" if now else stages[-1])
+        with _compiled.announced(compiling):
+            yield on_stage
 
 
 def _finish(record: Record, folder: pathlib.Path, console: Console) -> None:

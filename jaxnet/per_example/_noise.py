@@ -1,7 +1,6 @@
 """How noisy a mini-batch's gradient is, measured from the gradients of single examples."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import optax
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.per_example._gradients import gradients
+from jaxnet.per_example._gradients import PerExampleGradients, gradients
 from jaxnet.per_example._held import Held
 from jaxnet.per_example._independent import check_independent
 
@@ -37,6 +36,11 @@ class NoiseScale:
     mean_squared: Array
     resolved: Array
 
+    @classmethod
+    def of(cls, grads: PerExampleGradients) -> "NoiseScale":
+        """From gradients at hand, of 3 examples or more that are known to be independent; see `noise_scale`."""
+        return _of_gradients(grads)
+
 
 @contract.takes_loss
 def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
@@ -59,12 +63,11 @@ def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
       McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training", 2018, eqs. 2.9 and A.2.
     """
     check_independent(loss, params, batch)
-    return _noise_scale(loss, params, dataset.of(batch))
+    return NoiseScale.of(gradients(loss, params, batch))
 
 
-@functools.partial(dataset.jit, static_argnames="loss")
-def _noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
-    grads = gradients(loss, params, batch)
+@dataset.jit
+def _of_gradients(grads: PerExampleGradients) -> NoiseScale:
     mean = grads.wide_mean()
     return _from_deviations(mean, *grads.rows(_about, mean))
 
