@@ -9,7 +9,6 @@ from jaxnet.curvature._layers import layer_sharpness
 from jaxnet.curvature._online import OnlineSharpness, online_sharpness
 from jaxnet.curvature._operators import (
     LinearOperator,
-    Space,
     flattened,
     materialize,
     precondition,
@@ -21,6 +20,7 @@ from jaxnet.curvature._search import Eigenpairs, Eigensolver
 from jaxnet.curvature._second_moment import empirical_fisher, gradient_covariance
 from jaxnet.curvature._sharpness import Sharpness, sharpness
 from jaxnet.curvature._solve import Solution, solve
+from jaxnet.curvature._space import Space
 from jaxnet.curvature._stochastic import Estimate, diagonal, trace
 from jaxnet.curvature._track import Track, Tracker, TrackObserver, track
 

@@ -11,7 +11,8 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature._operators import LinearOperator, OverExamples, Space, over_examples
+from jaxnet.curvature._operators import LinearOperator, OverExamples, over_examples
+from jaxnet.curvature._space import Space
 
 
 @contract.takes_loss

@@ -16,7 +16,8 @@ from jax import lax
 from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import _bound, _lanczos
-from jaxnet.curvature._operators import LinearOperator, OverExamples, Space, check_deterministic, inner
+from jaxnet.curvature._operators import LinearOperator, OverExamples, check_deterministic, inner
+from jaxnet.curvature._space import Space
 
 WHICH = ("LA", "SA", "LM", "BE")
 
