@@ -54,7 +54,8 @@ def eigsh(
       Parlett, "The Symmetric Eigenvalue Problem", 1998, sections 11.7 and 13.2.
     """
     contract.check_tolerance(tol)
-    op.space.check("v0", op.space.zeros() if v0 is None else v0)
+    if v0 is not None:
+        op.space.check("v0", v0)
     flat = flattened(op)
     return _eigsh(Eigensolver(flat.space, k, which, max_matvecs, ncv, v0 is not None), flat, v0, key, tol)
 
