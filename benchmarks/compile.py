@@ -46,13 +46,31 @@ def resnet():
     return network, (x, jnp.arange(N) % 10)
 
 
+def scanned(layers):
+    """Blocks in one `lax.scan` over their stacked params: a program of one size, however many there are."""
+
+    def init(key, input_shape):
+        first, second = jax.random.normal(key, (2, layers, WIDTH, WIDTH)) / WIDTH**0.5
+        return {"first": first, "second": second, "scale": jnp.ones((layers, WIDTH))}
+
+    def apply(params, x):
+        block = lambda x, p: (x + p["scale"] * (jnp.tanh(x @ p["first"]) @ p["second"]), None)
+        return jax.lax.scan(block, x, params)[0]
+
+    return nn.Layer(init, apply), (jax.random.normal(jax.random.key(1), (N, WIDTH)), jnp.arange(N) % WIDTH)
+
+
 NETWORKS = {
     "transformer, 2 layers": lambda: transformer(2),
     "transformer, 4 layers": lambda: transformer(4),
     "transformer, 8 layers": lambda: transformer(8),
     "LeNet": lenet,
     "residual, group norm": resnet,
+    "scan over 2 layers": lambda: scanned(2),
+    "scan over 8 layers": lambda: scanned(8),
 }
+# Of the multiple of the gradient's, from 2 scanned layers to 8.
+GROWTH = 1.1
 
 
 def counted(apply):
@@ -117,15 +135,24 @@ def listen():
 
 def run(only=None, networks=None):
     listen()
-    rows = []
+    rows, multiples = [], {}
     for name, make in NETWORKS.items():
         if networks and name not in networks:
             continue
+        # Beside a gradient that compiles in no time anything is a large multiple: there the growth alone is asked.
+        scan = name.startswith("scan")
         network, batch = make()
         measure(CALLS["gradient"][0], network, batch)
-        chosen = {what: call for what, call in CALLS.items() if what == "gradient" or only is None or what in only}
+        chosen = {
+            what: call
+            for what, call in CALLS.items()
+            if what == "gradient" or (what == "sharpness" if scan else only is None or what in only)
+        }
         found = {what: [measure(call, network, batch) for _ in range(REPEATS)] for what, (call, _) in chosen.items()}
         seconds = {what: statistics.median(first["seconds"] for first, _ in runs) for what, runs in found.items()}
+        if scan:
+            multiples[name] = seconds["sharpness"] / seconds["gradient"]
+            continue
         for what, (_, bound) in chosen.items():
             if what != "gradient":
                 counts = "; then ".join(f"{c['programs']} programs, {c['traces']} traces" for c in found[what][0])
@@ -134,4 +161,9 @@ def run(only=None, networks=None):
                         {"gradient": seconds["gradient"], what: seconds[what]})
                 )  # fmt: skip
                 print(rows[-1], flush=True)
+    if len(multiples) == 2:
+        few, many = multiples.values()
+        rows.append(
+            Row("sharpness of 8 scanned layers against 2, in their gradients", many / few, GROWTH, False, multiples)
+        )
     return rows

@@ -316,14 +316,15 @@ def check_mean(loss: Loss, params: ArrayTree, batch: ArrayTree, key: Array | Non
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, batch))):
         return
     size = min(n, _ROWS)
-    draw = np.random.default_rng(0 if key is None else np.asarray(jax.random.key_data(key)))
-    rows = np.stack([draw.choice(n, size, replace=False) for _ in range(_DRAWS)])
+    rng = np.random.default_rng(0 if key is None else np.asarray(jax.random.key_data(key)))
+    rows = [rng.choice(n, size, replace=False) for _ in range(_DRAWS)]
     tolerance = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps) ** 0.5
     remedy = (
         "are its examples coupled, as by batch normalisation in training mode, or is it a sum? Use running statistics, "
         "or a normalisation within each example, and the mean over the batch"
     )
-    for whole, mean, gradient, apart in np.stack(_both_ways(loss, params, batch, rows), axis=1).astype(float):
+    for draw in rows:
+        whole, mean, gradient, apart = map(float, _both_ways(loss, params, batch, draw))
         if abs(whole - mean) > tolerance * max(abs(whole), abs(mean)):
             got = f"on {size} examples it is {whole:.4g}, but the mean of their own losses is {mean:.4g}"
             raise contract.UserError(f"loss: {got}; {remedy}")
@@ -335,19 +336,15 @@ def check_mean(loss: Loss, params: ArrayTree, batch: ArrayTree, key: Array | Non
 
 @functools.partial(dataset.jit, static_argnames="loss")
 def _both_ways(loss: Loss, params: ArrayTree, batch: ArrayTree, rows: Array) -> tuple[Array, Array, Array, Array]:
-    """For each row of rows E, the mean of their own losses, the length of E's gradient, and how far that mean's is."""
+    """E on these rows, the mean of their own losses, the length of E's gradient, and how far that mean's is."""
     contract.check(loss, params, batch)
+    few = jax.tree.map(lambda x: jnp.asarray(x)[rows], batch)
     one = lambda p, example: loss(p, jax.tree.map(lambda x: x[None], example))
     mean_of_own = lambda p, b: jax.vmap(one, in_axes=(None, 0))(p, b).mean()
     joined = lambda tree: ravel_pytree(tree)[0].astype(jnp.promote_types(jnp.result_type(float), jnp.float32))
-
-    def of(rows: Array) -> tuple[Array, Array, Array, Array]:
-        few = jax.tree.map(lambda x: jnp.asarray(x)[rows], batch)
-        (whole, gradient), (mean, own) = (jax.value_and_grad(f)(params, few) for f in (loss, mean_of_own))
-        gradient, own = joined(gradient), joined(own)
-        return whole, mean, jnp.linalg.norm(gradient), jnp.linalg.norm(gradient - own)
-
-    return jax.lax.map(of, rows)
+    (whole, gradient), (mean, own) = (jax.value_and_grad(f)(params, few) for f in (loss, mean_of_own))
+    gradient, own = joined(gradient), joined(own)
+    return whole, mean, jnp.linalg.norm(gradient), jnp.linalg.norm(gradient - own)
 
 
 @dataset.on_automatic_axes

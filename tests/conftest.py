@@ -6,6 +6,8 @@ import pathlib
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA ends the process at a flag that it no longer knows
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# No test reads what another run has compiled, nor writes into the cache of who runs it.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax
 import jax.numpy as jnp

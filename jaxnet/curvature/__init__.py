@@ -4,11 +4,19 @@ from jaxnet.curvature._density import SpectralDensity, spectral_density
 from jaxnet.curvature._eigsh import eigsh, overlap
 from jaxnet.curvature._follow import LEADING, Leading, follow
 from jaxnet.curvature._gauss_newton import fisher, gauss_newton
-from jaxnet.curvature._hessian import hessian
+from jaxnet.curvature._hessian import hessian, quadratic_form
 from jaxnet.curvature._landscape import Landscape, filter_normalised, landscape
 from jaxnet.curvature._layers import layer_sharpness
 from jaxnet.curvature._online import OnlineSharpness, online_sharpness
-from jaxnet.curvature._operators import LinearOperator, Space, flattened, materialize, precondition, restrict, shift
+from jaxnet.curvature._operators import (
+    LinearOperator,
+    flattened,
+    materialize,
+    precondition,
+    restrict,
+    shift,
+    unflattened,
+)
 from jaxnet.curvature._products import (
     Differences,
     HessianProduct,
@@ -21,6 +29,7 @@ from jaxnet.curvature._search import Eigenpairs, Eigensolver
 from jaxnet.curvature._second_moment import empirical_fisher, gradient_covariance
 from jaxnet.curvature._sharpness import Sharpness, sharpness
 from jaxnet.curvature._solve import Solution, solve
+from jaxnet.curvature._space import Space
 from jaxnet.curvature._stochastic import Estimate, diagonal, trace
 from jaxnet.curvature._track import Track, Tracker, TrackObserver, track
 
@@ -61,6 +70,7 @@ __all__ = [
     "overlap",
     "precondition",
     "pushforward",
+    "quadratic_form",
     "restrict",
     "reverse_over_reverse",
     "sharpness",
@@ -69,6 +79,7 @@ __all__ = [
     "spectral_density",
     "trace",
     "track",
+    "unflattened",
 ]
 
 

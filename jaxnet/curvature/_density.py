@@ -81,16 +81,15 @@ def spectral_density(op: LinearOperator, *, key: Array, num_probes: int = 8, num
     if num_probes < 2 or num_steps < 1:
         raise ValueError(f"expected num_probes >= 2 and num_steps >= 1, got {num_probes} and {num_steps}")
     steps = min(num_steps, op.space.size)
-    nodes, weights = _quadrature(op, jax.random.split(key, num_probes), steps)
+    nodes, weights = _quadrature(flattened(op), jax.random.split(key, num_probes), steps)
     return SpectralDensity(nodes, weights, num_probes * steps)
 
 
 @functools.partial(jax.jit, static_argnames="steps")
 def _quadrature(op: LinearOperator, keys: Array, steps: int) -> tuple[Array, Array]:
     def probe(key: Array) -> tuple[Array, Array]:
-        flat = flattened(op)
-        state = _lanczos.init(op.space.ravel(op.space.random(key)), steps)
-        state = lax.fori_loop(0, steps, lambda _, state: _lanczos.step(flat, state), state)
+        state = _lanczos.init(op.space.random(key), steps)
+        state = lax.fori_loop(0, steps, lambda _, state: _lanczos.step(op, state), state)
         # After a breakdown T has no entry between its blocks: the later nodes have weight 0 by themselves.
         found = _lanczos.ritz(state)
         return found.values, found.coefficients[0] ** 2

@@ -1,5 +1,6 @@
 """A few eigenpairs of a symmetric operator, to a stated accuracy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import optax
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
-from jaxnet.curvature._operators import LinearOperator
+from jaxnet.curvature._operators import LinearOperator, flattened, inner, unflattened
 from jaxnet.curvature._search import Eigenpairs, Eigensolver
 from jaxnet.mesh import check_together
 
@@ -65,12 +66,17 @@ def eigsh(
     """
     contract.check_tolerance(tol)
     check_together(op=op.operands, v0=v0)
-    return _eigsh(Eigensolver(op.space, k, which, max_matvecs, ncv, v0 is not None), op, v0, key, tol)
+    if v0 is not None:
+        op.space.check("v0", v0)
+    flat = flattened(op)
+    return _eigsh(Eigensolver(flat.space, k, which, max_matvecs, ncv, v0 is not None), flat, v0, key, tol)
 
 
 @functools.partial(dataset.jit, static_argnames="solver")
 def _eigsh(solver: Eigensolver, op: LinearOperator, v0: ArrayTree | None, key: Array, tol: Array | float) -> Eigenpairs:
-    return solver.search(op, solver.start(key, v0), tol)[0]
+    start = solver.start(key, None if v0 is None else inner(op).space.ravel(v0))
+    pairs, _ = solver.search(op, start, tol)
+    return dataclasses.replace(pairs, vectors=unflattened(op, pairs.vectors))
 
 
 def overlap(pairs: Eigenpairs, tree: ArrayTree) -> Array:

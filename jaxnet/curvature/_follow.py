@@ -21,7 +21,7 @@ from jax import lax
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import _lanczos
-from jaxnet.curvature._operators import LinearOperator, check_deterministic, flattened
+from jaxnet.curvature._operators import LinearOperator, check_deterministic, flattened, inner, unflattened
 from jaxnet.curvature._search import ROUNDING, values_of
 
 LEADING = 3
@@ -86,31 +86,36 @@ def follow(
     Raises:
       ValueError: the starts do not fit, or the operator is not the same matrix twice, because its loss is random.
     """
+    return followed(flattened(op), starts, tol, key, max_matvecs)
+
+
+@functools.partial(dataset.jit, static_argnames="max_matvecs")
+def followed(op: LinearOperator, starts: ArrayTree, tol: Array | float, key: Array, max_matvecs: int | None) -> Leading:
+    """The same of an operator that `flattened` made."""
     check_deterministic(op)
-    space, limit = op.space, 1000 if max_matvecs is None else max_matvecs
-    room = min(_ROOM, space.size)
+    limit = 1000 if max_matvecs is None else max_matvecs
+    room = min(_ROOM, op.space.size)
     count = min(LEADING, room)
     streamed = dataset.on_host(op)
     # As in a search, the loop is not differentiated.
     fixed, given = (x if streamed else lax.stop_gradient(x) for x in (op, _starts(op, starts, count, key)))
-    product = flattened(fixed)
 
     def done(state: _State) -> Array:
         return state.settled | state.failed | (state.num_matvecs >= limit)
 
     def step(state: _State) -> _State:
         state = _prepared(state, given, count)
-        return _absorbed(state, product @ state.following, tol, count)
+        return _absorbed(state, fixed @ state.following, tol, count)
 
     end = dataset.while_loop(lambda state: ~done(state), step, _empty(given, room), data=op)
     end = _restarted(end, count)
-    vectors = jax.vmap(space.unravel)(jax.tree.map(lambda q: jnp.where(end.failed, 0, q[:count]), end.basis))
+    vectors = jax.tree.map(lambda q: jnp.where(end.failed, 0, q[:count]), end.basis)
     value = jnp.where(end.failed, jnp.nan, end.value)
     if not streamed:
         value = values_of(op, value[None], jax.tree.map(lambda x: x[:1], vectors))[0]
     return Leading(
         value=value,
-        vectors=vectors,
+        vectors=unflattened(op, vectors),
         residual_norm=jnp.where(end.failed, jnp.nan, end.residual_norm),
         num_matvecs=end.num_matvecs,
         converged=end.settled & end.told & jnp.isfinite(value),
@@ -119,12 +124,12 @@ def follow(
 
 def _starts(op: LinearOperator, starts: ArrayTree, count: int, key: Array) -> Any:
     """``count`` unit vectors, flat: leaves (count, n)."""
-    space = op.space
+    space = inner(op).space
     leaves = jax.tree.leaves(starts)
     several = [jnp.ndim(x) for x in leaves] == [len(shape) + 1 for shape in space.shapes]
     num = min(count, jnp.shape(leaves[0])[0]) if several else 1
     rows = [jax.tree.map(lambda x, i=i: x[i] if several else x, starts) for i in range(num)]
-    random = [space.ravel(space.random(k)) for k in jax.random.split(key, count)]
+    random = [op.space.random(k) for k in jax.random.split(key, count)]
     found = []
     for i, other in enumerate(random):
         other = _unit(other)

@@ -5,12 +5,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature._operators import LinearOperator, OverExamples, Space, over_examples
-from jaxnet.curvature._products import Gradient, HessianProduct, by_derivatives, way_of
+from jaxnet.curvature._operators import LinearOperator, OverExamples, over_examples
+from jaxnet.curvature._products import (
+    Gradient,
+    HessianProduct,
+    by_derivatives,
+    forward_over_reverse,
+    reverse_over_reverse,
+    way_of,
+)
+from jaxnet.curvature._space import Space
 
 
 @contract.takes_loss
@@ -80,3 +89,33 @@ class _OfBatch:
             return value * jnp.where(holds, 1, jnp.nan).astype(value.dtype)
 
         return jax.grad(known)
+
+
+def quadratic_form(op: LinearOperator, v: ArrayTree) -> Array:
+    """vᵀAv; of a Hessian by differentiation forwards only, which is half of a product's work and of its compilation.
+
+    Raises:
+      ValueError: ``v`` has not the structure and shapes of the space.
+    """
+    if isinstance(op.product, OverExamples) and isinstance(op.product.of_batch, _OfBatch):
+        op.space.check("v", v)
+        of_batch = op.product.of_batch
+        return jnp.asarray(OverExamples(HessianForm(of_batch.loss, of_batch.product))(op.operands, v))
+    return optax.tree.vdot(v, op @ v)
+
+
+@dataclasses.dataclass(frozen=True)
+class HessianForm:
+    """vᵀHv on a batch, twice forwards: half of a product's work. By a product where that is by differences, or where a
+    function has a rule for reverse differentiation only."""
+
+    loss: Loss
+    product: HessianProduct
+
+    def __call__(self, batch: Any, params: ArrayTree, v: ArrayTree) -> Array:
+        """The form, a scalar."""
+        by_derivative = self.product in (by_derivatives, forward_over_reverse, reverse_over_reverse)
+        if not by_derivative or "custom_vjp_call" in str(jax.make_jaxpr(self.loss)(params, batch).jaxpr):
+            return optax.tree.vdot(v, _OfBatch(self.loss, self.product)(batch, params, v))
+        slope = lambda p: jax.jvp(lambda p: self.loss(p, batch), (p,), (v,))[1]
+        return jax.jvp(slope, (params,), (v,))[1]

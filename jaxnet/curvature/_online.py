@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import _lanczos
-from jaxnet.curvature._operators import Space
+from jaxnet.curvature._space import Space
 
 
 @contract.result

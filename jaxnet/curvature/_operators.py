@@ -2,7 +2,6 @@
 
 import dataclasses
 import fnmatch
-import itertools
 import numbers
 import re
 from collections.abc import Callable
@@ -11,122 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry2x32_p
 from jax.flatten_util import ravel_pytree
 
 from jaxnet import contract, dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature._lanczos import positions
+from jaxnet.curvature._space import Space
 from jaxnet.mesh import check_together, laid_out_like
 
 Product = Callable[[Any, Any], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Space:
-    """The vectors that an operator maps to one another: pytrees of one structure, of leaves of given shapes and dtypes.
-
-    Attributes:
-      structure: of the pytree.
-      shapes: of its leaves.
-      dtypes: of its leaves.
-      apart: whether a leaf may lie in parts on several devices; of an argument of a `jit` only the compiler knows.
-    """
-
-    structure: Any
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[np.dtype, ...]
-    apart: bool = False
-
-    @classmethod
-    def of(cls, tree: ArrayTree) -> "Space":
-        """The space that a pytree of real floating arrays, such as params, belongs to.
-
-        Raises:
-          TypeError, ValueError: the pytree has another leaf, or none.
-        """
-        contract.check_params(tree)
-        leaves, structure = jax.tree.flatten(tree)
-        apart = jax.device_count() > 1
-        return cls(structure, tuple(map(jnp.shape, leaves)), tuple(map(jnp.result_type, leaves)), apart)
-
-    @property
-    def sizes(self) -> list[int]:
-        """How many numbers each leaf holds."""
-        return [int(np.prod(shape)) for shape in self.shapes]
-
-    @property
-    def size(self) -> int:
-        """The dimension n."""
-        return sum(self.sizes)
-
-    @property
-    def names(self) -> list[str]:
-        """The leaves' names, as `restrict` matches them."""
-        return contract.leaf_names(jax.tree.unflatten(self.structure, self.sizes))
-
-    def check(self, name: str, tree: ArrayTree) -> None:
-        """Raise unless ``tree`` belongs to the space, by structure and shapes.
-
-        Raises:
-          ValueError: it does not; ``name`` is what the message calls it.
-        """
-        like = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
-        contract.check_alike(name, tree, jax.tree.unflatten(self.structure, like))
-
-    def zeros(self) -> ArrayTree:
-        """The zero vector."""
-        leaves = [jnp.zeros(shape, dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
-        return jax.tree.unflatten(self.structure, leaves)
-
-    def ravel(self, tree: ArrayTree) -> tuple[Array, ...]:
-        """The same vector as one flat array a dtype, or its leaves as they are where one may lie apart.
-
-        What works on a flat array is compiled once and not once a leaf; but leaves of other shardings cannot be joined
-        without moving them.
-        """
-        leaves = jax.tree.leaves(tree)
-        if self.apart:
-            return tuple(leaves)
-        return tuple(jnp.concatenate([leaves[i].reshape(-1) for i in places]) for places in self._alike)
-
-    def unravel(self, flat: tuple[Array, ...]) -> ArrayTree:
-        """The pytree of such arrays."""
-        if self.apart:
-            return jax.tree.unflatten(self.structure, flat)
-        leaves: list[Any] = [None] * len(self.shapes)
-        for joined, places in zip(flat, self._alike, strict=True):
-            ends = np.cumsum([self.sizes[i] for i in places])
-            for i, end in zip(places, ends, strict=True):
-                leaves[i] = joined[end - self.sizes[i] : end].reshape(self.shapes[i])
-        return jax.tree.unflatten(self.structure, leaves)
-
-    @property
-    def _alike(self) -> list[list[int]]:
-        """The leaves of each dtype, by their positions."""
-        return [[i for i, d in enumerate(self.dtypes) if d == dtype] for dtype in dict.fromkeys(self.dtypes)]
-
-    def random(self, key: Array) -> ArrayTree:
-        """A standard normal vector."""
-        # By the entries' positions, so that each device draws its part of the same numbers, wherever leaves lie.
-        words, first = jax.random.key_data(key), 0
-        leaves: list[Any] = [None] * len(self.shapes)
-        for i in itertools.chain(*self._alike):
-            where = positions(self.shapes[i], first)
-            high, low = threefry2x32_p.bind(words[0], words[1], jnp.zeros_like(where), where)
-            leaves[i] = _normal(high, low, jnp.promote_types(self.dtypes[i], jnp.float32)).astype(self.dtypes[i])
-            first += self.sizes[i]
-        return jax.tree.unflatten(self.structure, leaves)
-
-
-def _normal(high: Array, low: Array, dtype: Any) -> Array:
-    """Normal numbers from 64 random bits each."""
-    if dtype == jnp.float64:
-        whole, bits = high.astype(dtype) * 2**20 + (low >> 12).astype(dtype), 52
-    else:
-        whole, bits = ((high ^ low) >> 8).astype(dtype), 24
-    # The middles of so many equal parts of (−1, 1).
-    return 2**0.5 * jax.lax.erf_inv(whole * 2.0 ** (1 - bits) - (1 - 2.0**-bits))
 
 
 @contract.result
@@ -208,13 +99,22 @@ def _shifted(operands: Any, v: ArrayTree) -> ArrayTree:
     return jax.tree.map(lambda a, x: a + by.astype(x.dtype) * x, op @ v, v)
 
 
-def flattened(op: LinearOperator) -> LinearOperator:
-    """The same matrix over vectors as `Space.ravel` lays them out, which compile once and not once a leaf."""
-    return LinearOperator(_flattened, Space.of(op.space.ravel(op.space.zeros())), op)
+def flattened(op: LinearOperator, starts: tuple[Any, ...] | None = None) -> LinearOperator:
+    """The same matrix over vectors as `Space.ravel` lays them out, which compile once and not once a leaf.
+
+    Make it outside of `jit` and hand it in, or hand in its space's ``starts``: they are operands, and an argument then.
+    """
+    return LinearOperator(_flattened, op.space.flat, (op, op.space.starts if starts is None else starts))
 
 
-def _flattened(op: LinearOperator, v: tuple[Array, ...]) -> tuple[Array, ...]:
-    return op.space.ravel(op @ op.space.unravel(v))
+def _flattened(operands: Any, v: tuple[Array, ...]) -> tuple[Array, ...]:
+    op, starts = operands
+    return op.space.ravel(op @ op.space.unravel(v, starts))
+
+
+def unflattened(op: LinearOperator, v: tuple[Array, ...]) -> ArrayTree:
+    """What a vector of an operator that `flattened` made stands for; or several, with a leading axis."""
+    return inner(op).space.unravel(v, op.operands[1])
 
 
 def restrict(op: LinearOperator, mask: ArrayTree | str) -> LinearOperator:
@@ -369,7 +269,7 @@ def check_deterministic(op: LinearOperator) -> bool:
         if not all(jnp.allclose(a, b, rtol=1e-3, atol=1e-3 * jnp.abs(a).max(), equal_nan=True) for a, b in passes):
             raise ValueError(f"loss: two passes over the batches differ; {remedy}, and let the batches stay the same")
         return False
-    function, given = _to_trace(op)
+    function, given = _to_trace(inner(op))
     try:
         one, two = (jax.make_jaxpr(lambda *a: function(*a))(*given) for _ in range(2))
     except jax.errors.UnexpectedTracerError as error:
@@ -378,6 +278,11 @@ def check_deterministic(op: LinearOperator) -> bool:
     if first != second or len(one.consts) != len(two.consts) or not all(map(_same_constant, one.consts, two.consts)):
         raise ValueError(f"loss: two evaluations at the same params and batch differ; {remedy}")
     return re.search(r"\b(bf16|f16|f8\w*|f4\w*)\[", first) is not None
+
+
+def inner(op: LinearOperator) -> LinearOperator:
+    """The operator that `flattened` made this of, or itself."""
+    return op.operands[0] if op.product is _flattened else op
 
 
 def _to_trace(op: LinearOperator) -> tuple[Callable[..., Any], Any]:

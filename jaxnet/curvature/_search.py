@@ -16,7 +16,8 @@ from jax import lax
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import _bound, _lanczos
-from jaxnet.curvature._operators import LinearOperator, OverExamples, Space, check_deterministic
+from jaxnet.curvature._operators import LinearOperator, OverExamples, check_deterministic, inner
+from jaxnet.curvature._space import Space
 
 WHICH = ("LA", "SA", "LM", "BE")
 
@@ -183,30 +184,27 @@ class Eigensolver:
         Raises:
           ValueError: the operator is not the same matrix twice, because its loss is random.
         """
-        rough = check_deterministic(op)
-        flat = self.space.ravel(start)
-        if isinstance(op.product, OverExamples):
+        rough, of = check_deterministic(op), inner(op)
+        if isinstance(of.product, OverExamples):
             # At params that are not finite there is nothing to find: the start says so. Besides, XLA then holds a
             # vector less at the peak, since it makes the start in the place where it is read.
-            flat = jax.tree.map(lambda x, p: x + 0 * p, flat, self.space.ravel(op.operands[0]))
+            point = of.operands[0] if of is op else of.space.ravel(of.operands[0])
+            start = jax.tree.map(lambda x, p: x + 0 * p, start, point)
         streamed = dataset.on_host(op)
         # The loop is not differentiated: an eigenvalue's derivative needs its vector only.
-        fixed, flat = (op, flat) if streamed else lax.stop_gradient((op, flat))
+        fixed, start = (op, start) if streamed else lax.stop_gradient((op, start))
         going_on, step = lambda state: ~self.done(state), lambda state: self.step(fixed, state, tol)
         room_left = lambda state: ~self.done(state) & ~self.full(state)
         fill = lambda state: self.restart(dataset.while_loop(room_left, step, state, data=op))
-        end = dataset.while_loop(going_on, fill, self._begin(flat), data=op)
+        end = dataset.while_loop(going_on, fill, self.init(start), data=op)
         pairs, end = self.result(end), end._replace(rough=rough)
         if streamed:
             return pairs, end
         return dataclasses.replace(pairs, values=values_of(op, pairs.values, pairs.vectors)), end
 
+    @functools.partial(jax.jit, static_argnums=0)
     def init(self, start: ArrayTree) -> Search:
         """The state before the first step, from a start that is not zero."""
-        return self._begin(self.space.ravel(start))
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def _begin(self, start: tuple[Array, ...]) -> Search:
         state = _lanczos.init(start, self.basis)
         zero, dtype = jnp.zeros((), jnp.int32), state.projected.dtype
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(_lanczos.ritz, state))
@@ -225,15 +223,11 @@ class Eigensolver:
 
     def step(self, op: LinearOperator, search: Search, tol: Array | float) -> Search:
         """One product, and the verdict on the Ritz values that follow."""
-        return self._absorb(search, op @ self._next(search), tol)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def _next(self, search: Search) -> ArrayTree:
-        return self.space.unravel(_lanczos.current(search.lanczos))
+        return self._absorb(search, op @ _next(search), tol)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _absorb(self, search: Search, product: ArrayTree, tol: Array | float) -> Search:
-        state = _lanczos.extend(search.lanczos, self.space.ravel(product))
+        state = _lanczos.extend(search.lanczos, product)
         found = _lanczos.ritz(state)
         search = search._replace(
             lanczos=state,
@@ -274,7 +268,7 @@ class Eigensolver:
         """
         held = search.found.filled[rank(self.which, search.found)[: min(count, self.kept)]]
         masked = lambda q: jnp.where(held.reshape(-1, *[1] * (q.ndim - 1)), q[: held.size], 0)
-        return jax.vmap(self.space.unravel)(jax.tree.map(masked, search.lanczos.basis))
+        return jax.tree.map(masked, search.lanczos.basis)
 
     @functools.partial(jax.jit, static_argnums=0)
     def result(self, search: Search) -> Eigenpairs:
@@ -287,11 +281,16 @@ class Eigensolver:
         values = jnp.where(filled, found.values[wanted], jnp.nan)
         return Eigenpairs(
             values=values,
-            vectors=jax.vmap(self.space.unravel)(jax.tree.map(lambda q: q[order], search.lanczos.basis)),
+            vectors=jax.tree.map(lambda q: q[order], search.lanczos.basis),
             residual_norms=jnp.where(filled, found.residual_norms[wanted], jnp.nan),
             num_matvecs=search.num_matvecs,
             converged=search.settled & search.told & filled.all() & jnp.isfinite(values).all(),
         )
+
+
+@jax.jit
+def _next(search: Search) -> ArrayTree:
+    return _lanczos.current(search.lanczos)
 
 
 @jax.custom_jvp

@@ -8,7 +8,8 @@ import optax
 
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature._operators import LinearOperator, Space
+from jaxnet.curvature._operators import LinearOperator
+from jaxnet.curvature._space import Space
 from jaxnet.per_example import PerExampleGradients, check_independent, gradients
 
 

@@ -12,10 +12,10 @@ from jax import lax
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import _bound
-from jaxnet.curvature._follow import LEADING, Leading, follow
-from jaxnet.curvature._hessian import chosen, hessian
-from jaxnet.curvature._operators import LinearOperator
-from jaxnet.curvature._products import Differences, HessianProduct, by_derivatives, pushforward, words_of
+from jaxnet.curvature._follow import LEADING, Leading, followed
+from jaxnet.curvature._hessian import HessianForm, chosen, hessian
+from jaxnet.curvature._operators import LinearOperator, flattened, inner, unflattened
+from jaxnet.curvature._products import Differences, HessianProduct, by_derivatives, words_of
 from jaxnet.curvature._search import Eigensolver
 from jaxnet.mesh import check_together
 
@@ -126,8 +126,9 @@ def sharpness(
         v0 = _from_subsample(loss, params, batch, subsample, key, tol, product)
     check_together(params=op.operands[0], v0=v0)
     target = _bound.log_inverse_share(op.space.size, failure_probability)
-    solver = Eigensolver(op.space, max_matvecs=max_matvecs, ncv=ncv)
-    return _measure(loss, op, v0, key, tol, target, solver, sampling_error)
+    flat = flattened(op)
+    solver = Eigensolver(flat.space, max_matvecs=max_matvecs, ncv=ncv)
+    return _measure(loss, flat, v0, key, tol, target, solver, sampling_error)
 
 
 @functools.partial(dataset.jit, static_argnames=("loss", "solver", "sampling_error"))
@@ -141,13 +142,14 @@ def _measure(
     solver: Eigensolver,
     sampling_error: bool,
 ) -> Sharpness:
-    op, way = chosen(op)
+    matrix, way = chosen(inner(op))
+    op = flattened(matrix, op.operands[1])
     if v0 is None:
         pairs, end = solver.search(op, solver.start(key), tol)
         num_leading = LEADING if solver.ncv is None else 1
         found = Leading(
             pairs.values[0],
-            solver.leading(end, num_leading),
+            unflattened(op, solver.leading(end, num_leading)),
             pairs.residual_norms[0],
             pairs.num_matvecs,
             pairs.converged,
@@ -155,10 +157,10 @@ def _measure(
         bound = _bound.upper_bound(end.polynomials, lax.stop_gradient(found.value), target)
         bound = jnp.where(end.rough, jnp.nan, bound)
     else:
-        found = follow(op, v0, tol, key=key, max_matvecs=solver.max_matvecs)
+        found = followed(op, v0, tol, key, solver.max_matvecs)
         bound = jnp.full_like(found.value, jnp.nan)
-    error = _product_error(op, way, found.vectors) if isinstance(way, Differences) else jnp.zeros_like(found.value)
-    params, data = op.operands
+    error = _product_error(matrix, way, found.vectors) if isinstance(way, Differences) else jnp.zeros_like(found.value)
+    params, data = matrix.operands
     vector = jax.tree.map(lambda x: x[0], found.vectors)
     spread = _sampling_error(loss, way, params, data, vector) if sampling_error else jnp.full_like(bound, jnp.nan)
     return Sharpness(
@@ -209,11 +211,6 @@ class _QuadraticForms:
     way: HessianProduct
 
     def __call__(self, batch: Any, params: ArrayTree, vector: ArrayTree) -> Array:
-        def of_example(example: ArrayTree) -> Array:
-            one = jax.tree.map(lambda x: x[None], example)
-            if isinstance(self.way, Differences):
-                return optax.tree.vdot(vector, hessian(self.loss, params, one, product=self.way) @ vector)
-            slope = lambda p: pushforward(lambda p: self.loss(p, one), p, vector)[1]
-            return pushforward(slope, params, vector)[1]
-
-        return dataset.rows(jax.vmap(of_example), jax.tree.map(jnp.asarray, batch), size=_AT_ONCE)
+        form = HessianForm(self.loss, self.way)
+        of = lambda example: form(jax.tree.map(lambda x: x[None], example), params, vector)
+        return dataset.rows(jax.vmap(of), jax.tree.map(jnp.asarray, batch), size=_AT_ONCE)

@@ -10,7 +10,7 @@ from jax import lax
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature._lanczos import norm
-from jaxnet.curvature._operators import LinearOperator, check_one_batch, flattened, shift
+from jaxnet.curvature._operators import LinearOperator, check_one_batch, flattened, inner, shift, unflattened
 
 
 @contract.result
@@ -65,16 +65,16 @@ def solve(
     op.space.check("b", b)
     if max_matvecs is not None and max_matvecs < 1:
         raise ValueError(f"max_matvecs: expected 1 or more, got {max_matvecs}")
-    return _solve(op, b, damping, tol, max_matvecs)
+    return _solve(flattened(op), b, damping, tol, max_matvecs)
 
 
 @functools.partial(jax.jit, static_argnames="max_matvecs")
 def _solve(
     op: LinearOperator, b: ArrayTree, damping: Array | float, tol: Array | float, max_matvecs: int | None
 ) -> Solution:
-    damped = flattened(shift(op, damping))
-    right = jax.tree.map(lambda x, zero: x.astype(zero.dtype), op.space.ravel(b), op.space.ravel(op.space.zeros()))
+    damped, given = shift(op, damping), inner(op).space.ravel(b)
+    right = jax.tree.map(lambda x, zero: x.astype(zero.dtype), given, op.space.zeros())
     x, _ = jax.scipy.sparse.linalg.cg(damped, right, tol=tol, maxiter=max_matvecs)
     residual = norm(lax.stop_gradient(optax.tree.sub(right, damped @ x)))
     # The recurrence's own residual, by which it ends, drifts from the true one by rounding: hence a margin of 2.
-    return Solution(op.space.unravel(x), residual, residual <= 2 * tol * norm(lax.stop_gradient(right)))
+    return Solution(unflattened(op, x), residual, residual <= 2 * tol * norm(lax.stop_gradient(right)))

@@ -22,8 +22,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from jaxnet.contract import UserError
+from jaxnet.lab import _compiled, experiments, report, spectrum
 from jaxnet.lab import analyse as main_job
-from jaxnet.lab import experiments, report, spectrum
 from jaxnet.lab._task import OnStage, check_count, known
 from jaxnet.lab.record import Record, versions
 
@@ -49,6 +49,8 @@ class Output(Common):
     """The folder for record.json and the figures."""
     overwrite: bool = False
     """Write into a folder that is not empty; files of the same names are replaced."""
+    keep_programs: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run of the kind need not compile them."""
     coordinator: str | None = None
     """Where several processes run this command together: the first one's host:port; or auto, where Slurm, Open MPI or
     Kubernetes started them."""
@@ -148,6 +150,11 @@ def _run(command: Commands, console: Console) -> int:
         _check_out(command, resumed)
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the figures need matplotlib: pip install 'jaxnet[app]'")
+    with _compiled.kept(command.keep_programs):
+        return _work(command, console, resumed)
+
+
+def _work(command: Analyse | Spectrum | Experiment, console: Console, resumed: bool) -> int:
     try:
         if isinstance(command, Analyse):
             begun = report.read_record(command.out) if resumed else None
@@ -259,10 +266,15 @@ def _bar() -> Iterator[OnStage]:
         return
     columns = (BarColumn(), TimeElapsedColumn(), TimeLeft(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=1.0, at=0.0)
-        yield lambda stage, share: bar.update(
-            task, description=stage, completed=share, at=bar.tasks[task].elapsed or 0.0
-        )
+        task, stages = bar.add_task("starting", total=1.0, at=0.0), ["starting"]
+
+        def on_stage(stage: str, share: float) -> None:
+            stages.append(stage)
+            bar.update(task, description=stage, completed=share, at=bar.tasks[task].elapsed or 0.0)
+
+        compiling = lambda now: bar.update(task, description=f"{stages[-1]}: compiling …" if now else stages[-1])
+        with _compiled.announced(compiling):
+            yield on_stage
 
 
 class TimeLeft(ProgressColumn):

@@ -13,9 +13,9 @@ import optax
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, UserError, check_batch_size
 from jaxnet.curvature import Sharpness, sharpness
-from jaxnet.learning_rate._derived import DerivedRates, derive
-from jaxnet.learning_rate._rates import NoisyCurvature, maximal, noisy_curvature, optimal
-from jaxnet.per_example import NoiseScale, check_independent, noise_scale
+from jaxnet.learning_rate._derived import DerivedRates, derive, three_keys
+from jaxnet.learning_rate._rates import NoisyCurvature, maximal, of_gradients, optimal
+from jaxnet.per_example import NoiseScale, check_independent, gradients
 
 
 @contract.result
@@ -331,12 +331,12 @@ def analyse(
         structures: list[Any] = [jax.tree.structure(state) for state in (fresh, opt_state)]
         if structures[0] != structures[1]:
             raise ValueError("opt_state: expected the state of this maker's optimizer, got one of another structure")
-    curvature_key, probe_key, derived_key = jax.random.split(key, 3)
-    check_independent(loss, params, batch, key=jax.random.fold_in(key, 0))
+    curvature_key, probe_key, derived_key = three_keys(key)
+    check_independent(loss, params, batch, key=key)
     sharp = sharpness(loss, params, batch, key=curvature_key, tol=tol, sampling_error=True)
-    noise = noise_scale(loss, params, batch)
-    value = float(sharp.value)
-    if not (jnp.isfinite(sharp.value) and jnp.isfinite(noise.trace)):
+    grads = gradients(loss, params, batch)
+    noise, value = NoiseScale.of(grads), float(sharp.value)
+    if not (np.isfinite(value) and np.isfinite(float(noise.trace))):
         where = _not_finite(loss, params, batch) or ["the gradient or the Hessian of the loss at these params"]
         raise UserError(f"not finite: {', '.join(where)}")
     if value <= 0:
@@ -344,7 +344,7 @@ def analyse(
             f"loss: its largest Hessian eigenvalue is {value:.3g}, not positive, so no rate follows from it; "
             "is the loss flat or concave at these params?"
         )
-    curvature = noisy_curvature(loss, params, batch, key=probe_key, num_probes=num_probes)
+    curvature = of_gradients(grads, probe_key, num_probes)
     derived = derive(
         loss, params, batch, make_optimizer, sizes, opt_state=opt_state, key=derived_key, tol=tol, top=value,
         second_moments=second_moments,

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
-from jaxnet.curvature import Space, eigsh, flattened, hessian
+from jaxnet.curvature import eigsh, flattened, hessian
 from jaxnet.data import reshuffled
 from jaxnet.learning_rate._forms import parts_known
 from jaxnet.learning_rate._point import Point, limits, look, noise_share, with_errors
@@ -140,19 +140,19 @@ def derive(
       ValueError: there is a state, of an optimizer that takes signs.
     """
     check_maker(make_optimizer, params)
-    signs = bool(takes_sign(make_optimizer, params))
+    signs = takes_sign(make_optimizer, params)
     if not signs:
         check_proportional(make_optimizer, params)
     elif opt_state is not None:
         raise ValueError("opt_state: the limit of an optimizer that takes signs is in no state of it; leave it out")
     n = dataset.num_examples(data)
-    sample_key, look_key, probe_key = jax.random.split(key, 3)
+    sample_key, look_key, probe_key = three_keys(key)
     sample, used = _sample(data, n, sample_key)
     task = _Task(loss, params, data, n, make_optimizer, batch_sizes, signs, sample, used, look_key)
     here = task.points(params, opt_state)
     standing = _standing(task, here, tol, top, second_moments)
     going = _after_a_run(task, here, probe_key) if opt_state is None else _under_way(task, here, standing["limit"])
-    arrays = {name: jnp.asarray(values) for name, values in (standing | going).items()}
+    arrays = jax.device_put({name: np.asarray(values) for name, values in (standing | going).items()})
     return DerivedRates(**arrays, batch_sizes=batch_sizes, probe_batch_size=batch_sizes[task.middle], signs=signs)
 
 
@@ -186,16 +186,14 @@ def _by_second_moments(task: _Task, here: list[Point], largest: np.ndarray) -> I
     precise = all(jnp.finfo(x.dtype).bits >= 32 for x in jax.tree.leaves(task.params))
     if not (parts_known(task.loss) and precise and weights and spanning) or dataset.on_host(task.data):
         return
-    space = Space.of(task.params)
-    rows = jax.random.choice(task.look_key, task.n, (min(task.n, FOLLOWED),), replace=False)
-    examples = jax.tree.map(lambda x: jnp.asarray(x)[rows], task.data)
+    examples = _drawn(task.data, task.look_key, min(task.n, FOLLOWED))
     for size, point, top in zip(task.batch_sizes, here, largest, strict=True):
         share = noise_share(size, task.n)
         if share == 0:
             yield float(2 / top), float(2 / top)
             continue
         found = ends(
-            task.loss, task.params, examples, space.unravel(point.root), weights, float(task.n), share, float(top),
+            task.loss, task.params, examples, point.root, weights, float(task.n), share, float(top),
             task.look_key, spanning=spanning,
         )  # fmt: skip
         later, earlier, followed = map(float, found)
@@ -293,8 +291,19 @@ def _sample(data: Any, n: int, key: Array) -> tuple[Any, int]:
     used = min(n, max(n // 8, min(n // 5, _SAMPLE), _FEWEST))
     if dataset.on_host(data) or used == n:
         return data, n
-    rows = jax.random.choice(key, n, (used,), replace=False)
-    return jax.tree.map(lambda x: jnp.asarray(x)[rows], data), used
+    return _drawn(data, key, used), used
+
+
+@jax.jit
+def three_keys(key: Array) -> tuple[Array, ...]:
+    """As by `jax.random.split`, in one program."""
+    return tuple(jax.random.split(key, 3))
+
+
+@functools.partial(dataset.jit, static_argnames="count")
+def _drawn(data: Any, key: Array, count: int) -> Any:
+    rows = jax.random.choice(key, contract.num_examples(data), (count,), replace=False)
+    return jax.tree.map(lambda x: jnp.asarray(x)[rows], data)
 
 
 def _probe(task: _Task, rate: float, *, key: Array, size: int, steps: int) -> tuple[ArrayTree, np.ndarray]:

@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxnet import dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature import LinearOperator, Space, gauss_newton, hessian, pushforward
+from jaxnet.curvature import LinearOperator, gauss_newton, hessian, pushforward
 from jaxnet.losses import MeanLoss
 
 
@@ -34,7 +34,7 @@ def forms(loss: Loss, params: ArrayTree, data: Any, left: ArrayTree, right: Arra
       loss: a mean over independent examples.
       params: the point.
       data: N examples, or a `dataset.Stream`.
-      left: the v, as `Space.ravel` lays out what is like params, with a leading axis K.
+      left: the v, like params with a leading axis K.
       right: the w, likewise.
       size: examples worked on at once.
     """
@@ -47,9 +47,8 @@ class _Forms:
 
     def __call__(self, batch: Any, params: ArrayTree, left: ArrayTree, right: ArrayTree) -> Array:
         one = _of_outputs if parts_known(self.loss) else _of_losses
-        space = Space.of(params)
-        of = lambda pair: one(self.loss, batch, params, *map(space.unravel, pair))
-        cast = lambda rows: jax.tree.map(lambda x, p: x.astype(p.dtype), rows, space.ravel(params))
+        of = lambda pair: one(self.loss, batch, params, *pair)
+        cast = lambda rows: jax.tree.map(lambda x, p: x.astype(p.dtype), rows, params)
         return lax.map(of, (cast(left), cast(right))).T
 
 

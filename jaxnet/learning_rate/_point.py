@@ -10,12 +10,12 @@ import optax
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
-from jaxnet.curvature import LEADING, Space, flattened, follow
+from jaxnet.curvature import LEADING, LinearOperator, Space, flattened, follow, unflattened
 from jaxnet.learning_rate._forms import curvature, forms, parts_known
 from jaxnet.learning_rate._response import alternating
 from jaxnet.learning_rate._settled import held_in, settled
 from jaxnet.learning_rate._signs import settled_signs
-from jaxnet.per_example import gradients
+from jaxnet.per_example import PerExampleGradients, gradients
 
 # Random directions for tr(RCRΣ), and for the matrices' norms; the relative accuracy of λ.
 _NOISES, _PROBES, _TOLERANCE = 3, 5, 0.1
@@ -83,31 +83,31 @@ def look(
     wide = contract.widened(params)
     space = Space.of(wide)
     flat, rows, points = space.ravel(wide), min(LEADING, space.size), []
-    leading = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), flat)
+    leading = jax.tree.map(lambda x: np.zeros((rows, *x.shape), x.dtype), flat)
+    grads, op = gradients(loss, params, data), flattened(curvature(loss, params, data))
     for size in batch_sizes:
-        share = jnp.asarray(noise_share(size, n))
-        point = _look(loss, make_optimizer, params, data, n, share, key, leading, opt_state, signs=signs)
+        share = noise_share(size, n)
+        point = _look(make_optimizer, grads, op, n, share, key, leading, opt_state, signs=signs)
         leading = point.leading
         points.append(jax.tree.map(np.asarray, point._replace(leading=None)))
     return points
 
 
-@functools.partial(dataset.jit, static_argnames=("loss", "make_optimizer", "signs"))
+@functools.partial(dataset.jit, static_argnames=("make_optimizer", "signs"))
 def _look(
-    loss: Loss,
     make_optimizer: MakeOptimizer,
-    params: ArrayTree,
-    data: Any,
+    grads: PerExampleGradients,
+    op: LinearOperator,
     n: Array | int,
-    share: Array,
+    share: Array | float,
     key: Array,
     leading: Any,
     opt_state: Any,
     *,
     signs: bool,
 ) -> Point:
+    loss, params, data = grads.loss, grads.params, grads.batch
     bounded = parts_known(loss)
-    grads = gradients(loss, params, data)
     used, mean, variance = grads.num_examples, grads.mean(), grads.variance()
     # What the mean of these examples has too much of, beside that of all of them, wherever it is squared.
     excess = 1 / used - 1 / n
@@ -122,12 +122,11 @@ def _look(
     else:
         steady, switching, decay = held_in(make_optimizer, params, opt_state)
     # From here on vectors are flat: a program's compilation grows with what is done leaf by leaf.
-    op = curvature(loss, params, data)
-    space, times = op.space, functools.partial(jax.tree.map, jnp.multiply)
+    space, times = Space.of(contract.widened(params)), functools.partial(jax.tree.map, jnp.multiply)
     steady, switching, decay, slopes, variance = map(space.ravel, (steady, switching, decay, mean, variance))
     root, half = (jax.tree.map(jnp.sqrt, x) for x in (switching, steady))
     search_key, noise_key, probe_key = jax.random.split(key, 3)
-    top = follow(alternating(flattened(op), root, decay), leading, _TOLERANCE, key=search_key)
+    top = follow(alternating(op, root, decay), leading, _TOLERANCE, key=search_key)
     largest, vector = top.value, jax.tree.map(lambda x: x[0], top.vectors)
 
     step = times(steady, slopes)
@@ -141,10 +140,11 @@ def _look(
     rows = lambda *parts: jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
     one = lambda x: jax.tree.map(lambda x: x[None], x)
     first = rows(one(step), noises, one(times(root, vector)))
-    found = forms(loss, params, data, rows(first, probes, probes), rows(first, probes, others), size=_AT_ONCE)
+    pairs = (unflattened(op, rows(first, probes, last)) for last in (probes, others))
+    found = forms(loss, params, data, *pairs, size=_AT_ONCE)
     along, noise, tops, traces, crossed = jnp.split(found, np.cumsum([1, _NOISES, 1, _PROBES]), axis=1)
 
-    slope, slope_error = optax.tree.vdot(slopes, step), 2 * _error(grads.vdot(space.unravel(step)))
+    slope, slope_error = optax.tree.vdot(slopes, step), 2 * _error(grads.vdot(unflattened(op, step)))
     noisy = noise.mean(axis=0)
     weighted = optax.tree.vdot(steady, variance)
     # A gradient that these examples hardly resolve is not taken for less than a quarter of what they show.

@@ -10,8 +10,8 @@ import optax
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature import Space, flattened, hessian
-from jaxnet.per_example import gradients
+from jaxnet.curvature import hessian, quadratic_form
+from jaxnet.per_example import PerExampleGradients, gradients
 
 
 def optimal(largest: Array | float, smallest: Array | float | None = None) -> Array:
@@ -91,8 +91,7 @@ def greedy(loss: Loss, params: ArrayTree, batch: Any) -> Array:
 @functools.partial(dataset.jit, static_argnames="loss")
 def _greedy_parts(loss: Loss, params: ArrayTree, data: Any) -> tuple[Array, Array]:
     gradient = dataset.mean(contract.ValueAndGrad(loss), data, params)[1]
-    product = hessian(loss, params, data) @ gradient
-    return optax.tree.norm(gradient, squared=True), optax.tree.vdot(gradient, product)
+    return optax.tree.norm(gradient, squared=True), quadratic_form(hessian(loss, params, data), gradient)
 
 
 @contract.result
@@ -157,26 +156,25 @@ def noisy_curvature(loss: Loss, params: ArrayTree, batch: Any, *, key: Array, nu
     Reference:
       McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, eqs. 2.7 and 2.8.
     """
-    return _noisy_curvature(loss, params, dataset.of(batch), key, num_probes)
+    return of_gradients(gradients(loss, params, batch), key, num_probes)
 
 
-@functools.partial(dataset.jit, static_argnames=("loss", "num_probes"))
-def _noisy_curvature(loss: Loss, params: ArrayTree, data: Any, key: Array, num_probes: int) -> NoisyCurvature:
-    grads = gradients(loss, params, data)
+@functools.partial(dataset.jit, static_argnames="num_probes")
+def of_gradients(grads: PerExampleGradients, key: Array, num_probes: int) -> NoisyCurvature:
+    """The same from gradients at hand."""
     n = grads.num_examples
     if n < 2:
         raise ValueError("batch: the gradient's noise needs 2 examples or more, got 1")
-    op = flattened(hessian(loss, params, data))
-    ravel = Space.of(contract.widened(params)).ravel
+    op = hessian(grads.loss, grads.params, grads.batch)
 
     def sizes(weights: Array) -> tuple[Array, Array]:
-        u = ravel(grads.weighted_sum(weights))
-        return optax.tree.norm(u, squared=True), optax.tree.vdot(u, op @ u)
+        u = contract.widened(grads.weighted_sum(weights))
+        return optax.tree.norm(u, squared=True), quadratic_form(op, u)
 
     # Σ z_n (g_n − ḡ) is one weighted sum: the mean's share moves into the weights. The first one is ḡ itself.
     signs = jax.random.rademacher(key, (num_probes, n), dtype=jnp.result_type(float))
     probes = (signs - signs.mean(axis=1, keepdims=True)) / jnp.sqrt(n - 1.0)
-    squares, values = dataset.map(sizes, jnp.concatenate([jnp.full((1, n), 1 / n), probes]), data=data)
+    squares, values = dataset.map(sizes, jnp.concatenate([jnp.full((1, n), 1 / n), probes]), data=grads.batch)
     return NoisyCurvature(
         gradient_squared=squares[0],
         along_gradient=values[0],

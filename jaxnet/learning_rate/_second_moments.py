@@ -7,11 +7,12 @@ eigenvectors. The mean square grows from the rate on at which this map of M has 
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
 from jaxnet import dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
@@ -44,7 +45,7 @@ def ends(
     loss: Loss,
     params: ArrayTree,
     sample: ArrayTree,
-    root: ArrayTree,
+    root: tuple[Array, ...],
     recursion: Recursion,
     n: Array | float,
     share: Array | float,
@@ -64,7 +65,7 @@ def ends(
       loss: of `mean_loss`.
       params: the point.
       sample: examples in memory, drawn at random.
-      root: √R for a gradient that stays, like params.
+      root: √R for a gradient that stays, as `Space.ravel` lays out what is like params.
       recursion: the optimizer's.
       n: N, all the examples there are.
       share: p, above 0.
@@ -72,11 +73,11 @@ def ends(
       key: for the random start of the search for directions.
       spanning: how many examples span the directions; see `num_spanning`.
     """
-    num, flat_root = jax.tree.leaves(sample)[0].shape[0], ravel_pytree(root)[0]
+    num, starts = jax.tree.leaves(sample)[0].shape[0], Space.of(params).starts
 
     def rows_from(start: int) -> Array:
-        chunk = jax.tree.map(lambda x: x[start : start + spanning], sample)
-        return factors(loss, params, chunk, flat_root, key)
+        chunk = jax.tree.map(lambda x: x[start : start + spanning], sample) if num > spanning else sample
+        return factors(loss, params, chunk, root, key, starts)
 
     few, basis, followed = _spanned(rows_from(0))
     # A chunk at a time, so that all rows are never held, and all of one size, so that the network is compiled once: the
@@ -84,8 +85,9 @@ def ends(
     many = [few, *(_in_basis(rows_from(start), basis) for start in range(spanning, num - spanning + 1, spanning))]
     if rest := num % spanning:
         many.append(_in_basis(rows_from(num - spanning), basis)[spanning - rest :])
-    found = [_limits_of(of, recursion, n, share, largest) for of in (few, jnp.concatenate(many))]
-    return jnp.stack(found).min(), jnp.stack(found).max(), followed
+    every = jnp.concatenate(many) if len(many) > 1 else few
+    found = np.stack([_limits_of(of, recursion, n, share, largest) for of in (few, every)])
+    return found.min(), found.max(), followed
 
 
 @jax.jit
@@ -123,7 +125,9 @@ def _inverse_root(values: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="loss")
-def factors(loss: Loss, params: ArrayTree, data: ArrayTree, root: Array, key: Array) -> Array:
+def factors(
+    loss: Loss, params: ArrayTree, data: ArrayTree, roots: tuple[Array, ...], key: Array, starts: tuple[Any, ...]
+) -> Array:
     """Y_n (N, k, P) with Y_n′Y_n next to R^½C_nR^½ and not above it.
 
     By Nyström's formula from k random directions, once multiplied by the matrix.
@@ -132,8 +136,12 @@ def factors(loss: Loss, params: ArrayTree, data: ArrayTree, root: Array, key: Ar
       Halko, Martinsson & Tropp, "Finding Structure with Randomness", SIAM Review 2011, section 5.5.
     """
     parts = losses.parts_of(loss)[0]
-    unravel = ravel_pytree(params)[1]
+    space, root = Space.of(params), jnp.concatenate(roots)
     start = jax.random.normal(key, (min(_RANK, root.size), root.size), root.dtype)
+
+    def unravel(v: Array) -> ArrayTree:
+        parts = jnp.split(v, np.cumsum([x.size for x in roots])[:-1])
+        return space.unravel(tuple(x.astype(like.dtype) for x, like in zip(parts, roots, strict=True)), starts)
 
     def of_example(example: ArrayTree) -> Array:
         one = jax.tree.map(lambda x: x[None], example)
@@ -143,7 +151,7 @@ def factors(loss: Loss, params: ArrayTree, data: ArrayTree, root: Array, key: Ar
 
         def product(v: Array) -> Array:
             along = pushforward(network, params, unravel(root * v))[1]
-            return root * ravel_pytree(pull(jax.jvp(slope, (outputs,), (along,))[1])[0])[0]
+            return root * jnp.concatenate(space.ravel(pull(jax.jvp(slope, (outputs,), (along,))[1])[0]))
 
         # Twice the same, of which the first time only gives the directions: so it is compiled once.
         def multiply(directions: Array, _: None) -> tuple[Array, tuple[Array, Array]]:

@@ -68,7 +68,7 @@ class Recursion(NamedTuple):
 
 def recursion(make_optimizer: MakeOptimizer, params: ArrayTree) -> Recursion | None:
     """How an optimizer weighs gradient and momentum; None if it does not do so alike for all of the params."""
-    least, largest = _recursions(make_optimizer, params)
+    least, largest = jax.device_get(_recursions(make_optimizer, params))
     alike = all(float(high - low) <= 1e-3 for low, high in zip(least, largest, strict=True))
     return largest if alike else None
 
@@ -186,7 +186,7 @@ def check_proportional(make_optimizer: MakeOptimizer, params: ArrayTree) -> None
         second moment.
     """
     name = getattr(make_optimizer, "__name__", "its optimizer")
-    least, largest, nonlinear, ratios = _tried(make_optimizer, params)
+    least, largest, nonlinear, ratios = jax.device_get(_tried(make_optimizer, params))
     if not largest > 0 or least < 0:
         raise TypeError(
             f"make_optimizer: {name} does not step down a small gradient (is its rate 0?); "

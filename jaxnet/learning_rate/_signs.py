@@ -1,15 +1,17 @@
 """Optimizers that step by the sign of an average of gradients: what they do on average where gradients are noisy."""
 
+import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.scipy.special import erf
 
 from jaxnet.contract import Array, ArrayTree, MakeOptimizer
-from jaxnet.curvature import Space
 from jaxnet.learning_rate._response import Update, by_role, collect, elements, filled, merged
 from jaxnet.learning_rate._settled import SMALL, Response, after_long, at_height, unit
 
@@ -33,17 +35,21 @@ class _Step(NamedTuple):
     decay: ArrayTree
 
 
-@jax.jit(static_argnums=0)
-def takes_sign(make_optimizer: MakeOptimizer, params: ArrayTree) -> Array:
+def takes_sign(make_optimizer: MakeOptimizer, params: ArrayTree) -> bool:
     """Whether a maker's update asks for nothing but the signs of gradients, and remembers none of its own steps.
 
     Whatever the sizes of gradients, below what a clip cuts too, and at the next step again, it is then the same; and
     by no gradient it is in proportion to the params.
     """
-    update, held = _at_its_height(make_optimizer, params)
-    none, space = filled(0, params), Space.of(params)
     # Two gradients, all of whose elements are positive and differ.
-    slow, fast = (space.unravel(jax.tree.map(lambda x, w=w: _wavy(x, w), space.ravel(params))) for w in (0.7, 1.9))
+    slow, fast = (_wavy(params, frequency) for frequency in (0.7, 1.9))
+    return bool(_takes_sign(make_optimizer, params, slow, fast))
+
+
+@jax.jit(static_argnums=0)
+def _takes_sign(make_optimizer: MakeOptimizer, params: ArrayTree, slow: ArrayTree, fast: ArrayTree) -> Array:
+    update, held = _at_its_height(make_optimizer, params)
+    none = filled(0, params)
 
     def stepped(gradient: ArrayTree) -> tuple[Array, Array]:
         first, state = update(gradient, held, none)
@@ -57,8 +63,10 @@ def takes_sign(make_optimizer: MakeOptimizer, params: ArrayTree) -> Array:
     return (updates == updates[0]).all() & jnp.allclose(2 * one, two) & down
 
 
-def _wavy(x: Array, frequency: float) -> Array:
-    return (1.1 + jnp.sin(frequency * jnp.arange(1.0, x.size + 1.0))).astype(x.dtype)
+def _wavy(params: ArrayTree, frequency: float) -> ArrayTree:
+    count = itertools.count(1)
+    wave = lambda x: [1.1 + math.sin(frequency * next(count)) for _ in range(x.size)]
+    return jax.tree.map(lambda x: np.reshape(np.asarray(wave(x), x.dtype), x.shape), params)
 
 
 def _at_its_height(make_optimizer: MakeOptimizer, params: ArrayTree) -> tuple[Update, Any]:

@@ -1,7 +1,6 @@
 """How noisy a mini-batch's gradient is, measured from the gradients of single examples."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.per_example._gradients import gradients
+from jaxnet.per_example._gradients import PerExampleGradients, gradients
 from jaxnet.per_example._held import Held, over_leaves
 from jaxnet.per_example._independent import check_independent
 
@@ -38,6 +37,11 @@ class NoiseScale:
     mean_squared: Array
     resolved: Array
 
+    @classmethod
+    def of(cls, grads: PerExampleGradients) -> "NoiseScale":
+        """From gradients at hand, of 3 examples or more that are known to be independent; see `noise_scale`."""
+        return _of_gradients(grads)
+
 
 @contract.takes_loss
 def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
@@ -60,12 +64,12 @@ def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
       McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training", 2018, eqs. 2.9 and A.2.
     """
     check_independent(loss, params, batch)
-    return _noise_scale(loss, params, dataset.of(batch))
+    return NoiseScale.of(gradients(loss, params, batch))
 
 
-@functools.partial(dataset.jit, static_argnames="loss")
-def _noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
-    return _from_deviations(*(over_leaves(x) for x in _by_leaves(loss, params, batch)))
+@dataset.jit
+def _of_gradients(grads: PerExampleGradients) -> NoiseScale:
+    return _from_deviations(*map(over_leaves, _by_leaves(grads)))
 
 
 def layer_noise_scale(
@@ -88,7 +92,7 @@ def layer_noise_scale(
       ValueError, UserError: as for `noise_scale`.
     """
     check_independent(loss, params, batch)
-    parts = _by_leaves(contract.hashable(loss), params, dataset.of(batch))
+    parts = _by_leaves(gradients(loss, params, batch))
     names = contract.leaf_names(params)
     layers = [layer_of(name) if layer_of else name.rpartition("/")[0] or "params" for name in names]
     of = lambda layer: [
@@ -98,10 +102,9 @@ def layer_noise_scale(
     return {layer: _from_deviations(*of(layer)) for layer in dict.fromkeys(layers)}
 
 
-@functools.partial(dataset.jit, static_argnames="loss")
-def _by_leaves(loss: Loss, params: ArrayTree, batch: Any) -> tuple[ArrayTree, ArrayTree, ArrayTree]:
+@dataset.jit
+def _by_leaves(grads: PerExampleGradients) -> tuple[ArrayTree, ArrayTree, ArrayTree]:
     """|ḡ|², |g_n − ḡ|² and g_n·ḡ of each leaf."""
-    grads = gradients(loss, params, batch)
     mean = grads.wide_mean()
     return jax.tree.map(lambda x: jnp.vdot(x, x), mean), *grads.rows(_about, mean)
 

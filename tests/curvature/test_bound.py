@@ -31,7 +31,7 @@ def test_the_sum_is_what_the_basis_holds_of_an_eigenvector(num_steps, x64):
             end = solver.restart(end)
         end = solver.step(op, end, 1e-15)
     assert (int(end.num_discarded) > 0) == (num_steps > 6)
-    rows = np.asarray(end.lanczos.basis[0])[: int(end.lanczos.size) + 1]
+    rows = np.asarray(end.lanczos.basis)[: int(end.lanczos.size) + 1]
     for i in (30, 31):  # the two eigenvalues beyond the Ritz values, one at each end
         share = (start[i] / _lanczos.norm(start)) ** 2
         expected = np.log(np.sum(rows[:, i] ** 2) / share)

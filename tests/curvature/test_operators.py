@@ -1,3 +1,6 @@
+import re
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxnet import curvature, data, losses, nn
+from jaxnet.curvature import LinearOperator, Space, flattened
 
 
 def dense_hessian(loss, params, batch):
@@ -320,3 +324,33 @@ def test_the_memory_of_a_chunked_fisher_does_not_grow_with_the_examples():
 
     # Few are held whole, by their factors; of many a chunk at a time: those of 2000 more would take 30 MB.
     assert needed(4000) - needed(2000) < 2**20
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_a_flat_vector_is_cut_where_its_leaves_begin(lead, x64):
+    rng = np.random.default_rng(0)
+    draw = lambda dtype, *shape: jnp.asarray(rng.normal(size=(*lead, *shape)), dtype)
+    tree = {
+        "a": draw(jnp.float32, 2, 3),
+        "b": draw(jnp.float64, 4),
+        "c": None,
+        "d": (draw(jnp.float32), draw(jnp.float32, 0)),
+    }
+    space = Space.of(jax.tree.map(lambda x: x[0] if lead else x, tree))
+    ravel = jax.vmap(space.ravel) if lead else space.ravel
+    flat = ravel(tree)
+    assert [x.shape for x in flat] == [(*lead, *shape) for shape in space.flat.shapes]
+    assert [x.dtype for x in flat] == list(space.flat.dtypes)
+    for found in (space.unravel(flat), jax.jit(space.unravel)(flat, space.starts)):
+        chex.assert_trees_all_equal(found, tree)
+
+
+def test_where_leaves_begin_is_an_argument_and_no_constant():
+    """As constants they make a kernel for each leaf, and for what each is a part of."""
+    tree = [jnp.ones((3, 2)) for _ in range(5)]
+    op = LinearOperator(lambda scale, v: jax.tree.map(lambda x: scale * x, v), Space.of(tree), jnp.asarray(2.0))
+    flat = flattened(op)
+    program = jax.jit(lambda op, v: op @ v).lower(flat, op.space.ravel(tree)).compile().as_text()
+    sliced = [line for line in program.splitlines() if re.search(r" (dynamic-)?slice\(", line)]
+    assert sliced
+    assert all("dynamic-slice(" in line for line in sliced)

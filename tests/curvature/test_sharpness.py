@@ -132,6 +132,15 @@ def test_a_second_call_with_new_params_and_batch_traces_nothing():
     assert counts[0] == counts[-1] > 0
 
 
+def test_one_program_of_one_size_however_many_layers_are_scanned():
+    def loss(params, batch):
+        return jnp.mean(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), batch, params)[0] ** 2)
+
+    find = jax.jit(lambda params, batch: curvature.sharpness(loss, params, batch, key=KEY).value)
+    sizes = [len(find.lower(jnp.ones((n, 4, 4)), jnp.ones((3, 4))).as_text().splitlines()) for n in (2, 8)]
+    assert sizes[0] == sizes[1]
+
+
 def test_bad_arguments():
     for tol in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="tol: expected a positive number"):

@@ -31,7 +31,7 @@ def dense_forms(make, loss, params, batch, left, right):
 def test_they_are_those_of_each_example_alone(problem, kind, held):
     """Against the dense matrix of each example: Gauss–Newton where the parts are known, else the Hessian."""
     loss, params, batch = problem
-    flat, _ = ravel_pytree(params)
+    flat, unravel = ravel_pytree(params)
     left, right = np.random.default_rng(0).normal(size=(2, 3, flat.size))
     given = {"parts known": loss, "chunked": losses.chunked(loss, 2), "any loss": lambda p, b: loss(p, b)}[kind]
     examples, size = {
@@ -39,7 +39,7 @@ def test_they_are_those_of_each_example_alone(problem, kind, held):
         "in chunks": (batch, 3),
         "stream": (dataset.of([jax.tree.map(lambda x: x[:4], batch), jax.tree.map(lambda x: x[4:], batch)]), 7),
     }[held]
-    stacked = [(jnp.asarray(vectors),) for vectors in (left, right)]
+    stacked = [jax.vmap(unravel)(vectors) for vectors in (left, right)]
     make = curvature.hessian if kind == "any loss" else curvature.gauss_newton
     wanted = dense_forms(make, loss, params, batch, left, right)
     np.testing.assert_allclose(forms(given, params, examples, *stacked, size=size), wanted, rtol=1e-9, atol=1e-12)
@@ -53,6 +53,5 @@ def test_regression_with_real_data(x64):
     params = {"kernel": jnp.ones((2, 1)), "bias": jnp.ones(1)}
     left = {"kernel": jnp.eye(2)[:, :, None], "bias": jnp.ones((2, 1))}
     right = {"kernel": 2 * jnp.eye(2)[:, :, None], "bias": jnp.ones((2, 1))}
-    rows = [jax.vmap(curvature.Space.of(params).ravel)(vectors) for vectors in (left, right)]
-    found = forms(loss, params, (x, t), *rows, size=50)
+    found = forms(loss, params, (x, t), left, right, size=50)
     np.testing.assert_allclose(found, (x + 1) * (2 * x + 1), rtol=1e-10)
