@@ -83,6 +83,10 @@ PAIRED = {
     "curvature.solve": [lambda t: curvature.solve(OP(), t, damping=1.0)],
     "curvature.eigsh": [lambda t: curvature.eigsh(OP(), key=KEY, v0=t)],
     "curvature.sharpness": [lambda t: curvature.sharpness(linear, PARAMS, BATCH, key=KEY, v0=t)],
+    "curvature.overlap": [lambda t: curvature.overlap(curvature.eigsh(OP(), key=KEY), t)],
+    "curvature.quadratic_form": [lambda t: curvature.quadratic_form(OP(), t)],
+    "curvature.landscape": [lambda t: curvature.landscape(linear, PARAMS, BATCH, t)],
+    "learning_rate.critical_sharpness": [lambda t: learning_rate.critical_sharpness(linear, PARAMS, BATCH, t)],
 }  # fmt: skip
 
 # c: calls that have to be refused.
@@ -117,6 +121,8 @@ REFUSE = {
 # Why no rule is tried on the others.
 BEYOND = {
     "a type or a constant: what makes it is listed": """
+        curvature.Differences curvature.HessianProduct curvature.Landscape learning_rate.CriticalSharpness
+        losses.Apply losses.Criterion training.Checkpoints training.JsonLines training.TensorBoard
         curvature.Eigenpairs curvature.Eigensolver curvature.Estimate curvature.LEADING curvature.Leading
         curvature.OnlineSharpness curvature.Sharpness curvature.Solution curvature.Space curvature.SpectralDensity
         curvature.Track curvature.TrackObserver curvature.Tracker data.Contents data.Order dataset.Stream
@@ -128,24 +134,29 @@ BEYOND = {
         training.StopRule training.Stopped training.TrainState training.ValueFn""",
     "a layer or a network: sums over features, by XLA's own products": """
         nn.activation nn.avg_pool nn.conv nn.dense nn.dropout nn.embed nn.flatten nn.group_norm nn.layer_norm nn.lenet
-        nn.linear_neuron nn.max_pool nn.mlp nn.residual nn.self_attention nn.serial nn.transformer""",
+        nn.linear_neuron nn.max_pool nn.mlp nn.remat nn.residual nn.self_attention nn.serial nn.transformer""",
     "data and orders: nothing is summed, no tree is paired": """
+        data.check_num_shards data.in_shards data.rows_in_shards losses.check_labels
         data.batches data.cyclic data.digits data.independent data.load data.mnist1d data.mnist5k data.read
         data.repeated data.reshuffled data.two_gaussians data.two_gaussians_exact data.with_keys""",
     "JAX's own, or a question about where data are": """
-        dataset.check_in_memory dataset.cond dataset.first dataset.jit dataset.map dataset.num_examples dataset.of
-        dataset.on_automatic_axes dataset.on_explicit_axes dataset.on_host dataset.rows dataset.while_loop
+        dataset.afresh dataset.check_in_memory dataset.cond dataset.first dataset.jit dataset.map dataset.num_examples
+        dataset.of dataset.on_automatic_axes dataset.on_explicit_axes dataset.on_host dataset.rows
+        dataset.while_loop
         dataset.with_rows""",
     "of numbers alone": """
         learning_rate.for_batch_size learning_rate.maximal learning_rate.optimal per_example.noise_average""",
     "the loss is taken whole, so that it may couple its examples; trees are made within": """
+        curvature.by_derivatives curvature.forward_over_reverse curvature.reverse_over_reverse curvature.pushforward
+        curvature.unflattened curvature.filter_normalised
         curvature.flattened curvature.hessian curvature.layer_sharpness curvature.online_sharpness curvature.shift
         curvature.track curvature.diagonal curvature.trace curvature.spectral_density curvature.materialize
         curvature.gauss_newton learning_rate.greedy learning_rate.measure_stability learning_rate.range_test
         learning_rate.scale_by_sharpness learning_rate.sharpness_sgd learning_rate.stability training.fit
         training.init_state training.make_update training.sweep training.trajectory training.with_extra_args
         training.is_masked training.with_rate losses.parts_of""",
-    "by way of one that is listed": """
+    "by way of one that is listed, or by tests of their own: of what `restore` compares, of a grid's points": """
+        training.save training.restore losses.mixed_precision
         curvature.fisher curvature.follow learning_rate.in_mean_square learning_rate.measure_sgd_stability
         learning_rate.noisy_curvature learning_rate.one_by_one losses.check_parts""",
     "a wrapped optimizer: its sums are held to float32 by per_example/test_running_noise.py": """

@@ -77,7 +77,7 @@ def landscape(
     num_axes = [jnp.ndim(x) for x in jax.tree.leaves(directions)]
     if num_axes == [len(shape) for shape in op.space.shapes]:
         directions = jax.tree.map(lambda x: jnp.asarray(x)[None], directions)
-    leading = {jnp.shape(x)[0] for x in jax.tree.leaves(directions) if jnp.ndim(x)}
+    leading = {jnp.shape(x)[0] if jnp.ndim(x) else None for x in jax.tree.leaves(directions)}
     if leading not in ({1}, {2}):
         raise ValueError(
             "directions: expected one like params, or one or two with a leading axis, got leaves of shapes "

@@ -218,7 +218,7 @@ def test_bad_input(x64):
         sgd_stability(lambda w, b: -squares(w, b), params, factors, 1, replace=True)
     with pytest.raises(ValueError, match="not positive"):
         sgd_stability(lambda w, b: jnp.mean(b) * jnp.sum(w), params, factors, 1, replace=True)
-    with pytest.raises(ValueError, match="not finite: loss, params"):
+    with pytest.raises(ValueError, match="not finite: params, loss"):
         sgd_stability(squares, jnp.array([jnp.nan, 0]), factors, 1, replace=True)
     with pytest.raises(ValueError, match="mean of their own losses"):
         sgd_stability(lambda w, b: 5 * squares(w, b) * len(b), params, factors, 1, replace=True)
