@@ -18,6 +18,9 @@ from jax import lax
 
 from jaxnet.contract import Array, ArrayTree
 
+# Columns of a flat basis that a restart works on at a time.
+_BLOCK = 2**14
+
 
 class Lanczos(NamedTuple):
     """The recurrence's state.
@@ -210,14 +213,26 @@ def restart(state: Lanczos, found: Ritz, kept: Array) -> Lanczos:
     """Keep the Ritz vectors at the indices ``kept`` and the next vector; T becomes their diagonal of values."""
     p, m = kept.shape[0], state.projected.shape[0]
     # In place: no slice of the basis, which would be a copy, and no write before all that reads what it replaces.
-    vectors = combine(state.basis, jnp.pad(found.coefficients[:, kept], ((0, 1), (0, 0))))
+    rows = jnp.pad(found.coefficients[:, kept], ((0, 1), (0, 1))).at[m, p].set(1)
 
-    def leaf(q: Array, v: Array) -> Array:
-        q = q.at[:p].set(v)
-        return q.at[p].set(q[m])
+    def leaf(q: Array) -> Array:
+        columns = q.size // q.shape[0]
+        if q.ndim > 2 or columns < 2 * _BLOCK or jax.device_count() > 1:
+            return q.at[: p + 1].set(combine(q, rows))
+
+        # A block of columns at a time, so that the new vectors never lie beside the basis.
+        def block(i: Array, q: Array) -> Array:
+            # The last block overlaps the one before: what that has done is not done again.
+            start = jnp.minimum(i * _BLOCK, columns - _BLOCK)
+            part = lax.dynamic_slice_in_dim(q, start, _BLOCK, axis=1)
+            fresh = start + jnp.arange(_BLOCK) >= i * _BLOCK
+            new = jnp.where(fresh, combine(part, rows), part[: p + 1])
+            return lax.dynamic_update_slice(q, new, (0, start))
+
+        return lax.fori_loop(0, -(-columns // _BLOCK), block, q)
 
     return state._replace(
-        basis=jax.tree.map(leaf, state.basis, vectors),
+        basis=jax.tree.map(leaf, state.basis),
         projected=jnp.zeros_like(state.projected).at[jnp.arange(p), jnp.arange(p)].set(found.values[kept]),
         size=jnp.array(p, jnp.int32),
     )
