@@ -79,7 +79,8 @@ def critical_sharpness(
       batch: the examples, or a data set in batches, gone through once a pass.
       direction: u, like params: the update that an optimizer makes at a rate of 1, as in
         ``u, _ = optax.adam(1.0).update(gradient, opt_state, params)``; by default −g.
-      guess: where to look first, such as the rate in use, or the last ``rate`` found.
+      guess: where to look first, such as the rate in use, or the last ``rate`` found; 1 where that is not positive and
+        finite.
       tol: the width of the bracket, relative.
 
     Returns:
@@ -115,6 +116,8 @@ def _critical(
     dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
     zero, infinity = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
     start = value(zero).astype(dtype)
+    # The last rate found, if there was none, would be no place to look.
+    guess = jnp.where((guess > 0) & (guess < jnp.inf), guess, 1).astype(dtype)
 
     def next_rate(search: _Search) -> Array:
         (low, _), (high, _) = search.low, search.high
