@@ -62,6 +62,16 @@ def test_greedy_minimises_along_the_gradient(x64):
     assert jnp.isnan(learning_rate.greedy(lambda p, b: -quadratic(p, b), params, BATCH))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_greedy_of_half_precision_is_that_of_its_numbers(dtype):
+    rng = np.random.default_rng(0)
+    halved = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    loss = lambda params, batch: 0.5 * jnp.mean((jnp.tanh(batch[0] @ params) - batch[1]) ** 2)
+    given = halved(12), (halved(40, 12), halved(40))
+    expected = learning_rate.greedy(loss, *jax.tree.map(lambda x: x.astype(jnp.float32), given))
+    np.testing.assert_allclose(learning_rate.greedy(loss, *given), expected, rtol=1e-5)
+
+
 def test_the_curvature_of_noise_is_the_trace_of_its_product(x64):
     params, curvatures = jnp.array([1.0, -2.0, 0.5]), np.array([4.0, 1.0, 0.5])
     found = learning_rate.noisy_curvature(quadratic, params, BATCH, key=jax.random.key(0), num_probes=4000)
