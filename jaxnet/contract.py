@@ -168,7 +168,7 @@ def leaf_names(tree: ArrayTree, root: str = "params") -> list[str]:
     """The leaves' names as a person writes them, ``0/kernel``; a tree that is one array has the root's.
 
     The box around a leaf (a Flax variable), of which it is the ``value``, has no name of its own. Where two would be
-    alike (a dict with the keys 0 and "0"), all are written as Python indexes them.
+    alike (the key ``a/b`` beside ``b`` within ``a``), all are written as Python indexes them.
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     boxed = jax.tree_util.GetAttrKey("value")
@@ -177,6 +177,11 @@ def leaf_names(tree: ArrayTree, root: str = "params") -> list[str]:
     if len(set(names)) < len(names):
         names = [jax.tree_util.keystr(path) for path in paths]
     return [name or root for name in names]
+
+
+def layer_of(name: str) -> str:
+    """The layer that a leaf of this name belongs to: the path of those that lie together, ``params`` at the top."""
+    return name.rpartition("/")[0] or "params"
 
 
 def called(argument: str, tree: ArrayTree) -> list[tuple[str, Any]]:
