@@ -242,5 +242,5 @@ def test_what_a_loss_raises_by_itself_is_not_taken_for_a_missing_derivative():
 )
 def test_a_form_is_nan_where_a_product_is(loss, point):
     op = curvature.hessian(loss, jnp.array(point), jnp.ones(3))
-    assert np.isnan(op @ jnp.ones(2)).all()
+    assert np.isnan(op @ jnp.ones(2)).any()
     assert np.isnan(curvature.quadratic_form(op, jnp.ones(2)))
