@@ -150,7 +150,7 @@ TAKES = {
         curvature.follow(curvature.hessian(loss, params, batch), params, 1e-9, key=KEY).value
     ),
     "curvature.layer_sharpness": lambda *problem: [
-        found.value for found in curvature.layer_sharpness(*problem, key=KEY, tol=1e-9).values()
+        found.values for found in curvature.layer_sharpness(*problem, key=KEY, tol=1e-9).values()
     ],
     "curvature.quadratic_form": lambda loss, params, batch: curvature.quadratic_form(
         curvature.hessian(loss, params, batch), params
