@@ -116,8 +116,8 @@ def brief(value: Any) -> str:
     """A value in a few words: a small array by its numbers, a large one by its shape, a pytree by how much it holds."""
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, jax.core.Tracer) or (hasattr(value, "shape") and hasattr(value, "dtype")):
-        if isinstance(value, jax.core.Tracer) or value.size > _FEW or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        if not _at_hand(value) or value.size > _FEW or jnp.issubdtype(value.dtype, jax.dtypes.extended):
             return f"{value.dtype}{list(value.shape)}"
         numbers_in = np.asarray(value)
         shown = " ".join(np.array2string(numbers_in, precision=6, separator=", ").split())
@@ -132,6 +132,14 @@ def brief(value: Any) -> str:
     if callable(value):
         return getattr(value, "__name__", type(value).__name__)
     return textwrap.shorten(repr(value), 60, placeholder="…")
+
+
+def _at_hand(value: Any) -> bool:
+    """Whether an array's numbers are known here, and it is no tracer, no bare shape, no part of another process."""
+    if isinstance(value, jax.Array):
+        known = not isinstance(value, jax.core.Tracer)
+        return known and (value.is_fully_addressable or value.is_fully_replicated)
+    return isinstance(value, (np.ndarray, np.generic))
 
 
 class Progress(Protocol):
@@ -160,7 +168,7 @@ def leaf_names(tree: ArrayTree, root: str = "params") -> list[str]:
     """The leaves' names as a person writes them, ``0/kernel``; a tree that is one array has the root's.
 
     The box around a leaf (a Flax variable), of which it is the ``value``, has no name of its own. Where two would be
-    alike (a dict with the keys 0 and "0"), all are written as Python indexes them.
+    alike (the key ``a/b`` beside ``b`` within ``a``), all are written as Python indexes them.
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     boxed = jax.tree_util.GetAttrKey("value")
@@ -169,6 +177,11 @@ def leaf_names(tree: ArrayTree, root: str = "params") -> list[str]:
     if len(set(names)) < len(names):
         names = [jax.tree_util.keystr(path) for path in paths]
     return [name or root for name in names]
+
+
+def layer_of(name: str) -> str:
+    """The layer that a leaf of this name belongs to: the path of those that lie together, ``params`` at the top."""
+    return name.rpartition("/")[0] or "params"
 
 
 def called(argument: str, tree: ArrayTree) -> list[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxnet import contract, curvature, learning_rate, losses, nn, training
+from jaxnet import contract, curvature, learning_rate, losses, nn, per_example, training
 
 ROOMS = ["curvature", "learning_rate", "per_example", "training"]
 # What a person makes and hands over, in place of what a function found; and a reason in words.
@@ -74,3 +74,9 @@ def test_an_analysis_shows_its_table_in_a_notebook():
     table = ET.fromstring(found._repr_html_())
     assert [row[0].text for row in table] == [row[0] for row in found.rows()]
     assert len(repr(found).splitlines()) < 8
+
+
+def test_shapes_alone_are_shown_as_such():
+    average = jax.eval_shape(lambda: per_example.noise_average(0.5).add(1.0, 2.0, 4))
+    assert "decay=float32[]," in repr(average)
+    assert "means=float32[3]," in repr(average)

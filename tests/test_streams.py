@@ -146,12 +146,25 @@ TAKES = {
         getattr(curvature.sharpness(*problem, key=KEY, tol=1e-9, sampling_error=True), name)
         for name in ("value", "num_matvecs", "sampling_error")
     ],
+    "curvature.follow": lambda loss, params, batch: (
+        curvature.follow(curvature.hessian(loss, params, batch), params, 1e-9, key=KEY).value
+    ),
+    "curvature.layer_sharpness": lambda *problem: [
+        found.values for found in curvature.layer_sharpness(*problem, key=KEY, tol=1e-9).values()
+    ],
+    "curvature.quadratic_form": lambda loss, params, batch: curvature.quadratic_form(
+        curvature.hessian(loss, params, batch), params
+    ),
     "curvature.landscape": lambda loss, params, batch: curvature.landscape(
         loss, params, batch, jax.tree.map(lambda x: jnp.stack([x, jnp.sin(x)]), params), num_points=4
     ),
     "curvature.track": tracked,
     "per_example.gradients": moments,
+    "per_example.clipped_grad": lambda loss, params, batch: per_example.clipped_grad(
+        loss, 0.5, noise_multiplier=0.1, has_aux=True
+    )(params, batch, key=KEY),
     "per_example.noise_scale": per_example.noise_scale,
+    "per_example.layer_noise_scale": per_example.layer_noise_scale,
     "per_example.check_independent": per_example.check_independent,
     "learning_rate.critical_sharpness": learning_rate.critical_sharpness,
     "learning_rate.greedy": learning_rate.greedy,
@@ -169,6 +182,9 @@ def rates(function, **options):
 
 REFUSES = {
     "curvature.materialize": lambda *problem: curvature.materialize(curvature.hessian(*problem)),
+    "curvature.solve": lambda loss, params, batch: curvature.solve(
+        curvature.hessian(loss, params, batch), params, damping=1.0
+    ),
     "curvature.spectral_density": lambda *problem: curvature.spectral_density(curvature.hessian(*problem), key=KEY),
     "curvature.trace": lambda *problem: curvature.trace(curvature.hessian(*problem), key=KEY),
     "curvature.diagonal": lambda *problem: curvature.diagonal(curvature.hessian(*problem), key=KEY),

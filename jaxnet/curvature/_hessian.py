@@ -1,6 +1,7 @@
 """The Hessian of a loss."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -78,19 +79,27 @@ class _OfBatch:
         return self.product(self.gradient(batch, params), params, v)
 
     def gradient(self, batch: ArrayTree, params: ArrayTree) -> Gradient:
-        contract.check(self.loss, params, batch)
-        # At params that are not finite there is no curvature, also where the product does not read them; nor where the
-        # loss is not, whatever its derivatives say.
-        finite = jnp.stack([jnp.isfinite(p).all() for p in Space.of(params).ravel(params)]).all()
-
-        def known(p: ArrayTree) -> Array:
-            value = self.loss(p, batch)
-            holds = finite & jnp.isfinite(lax.stop_gradient(value))
-            return value * jnp.where(holds, 1, jnp.nan).astype(value.dtype)
-
-        return jax.grad(known)
+        return jax.grad(_known(self.loss, params, batch))
 
 
+def _known(loss: Loss, params: ArrayTree, batch: ArrayTree) -> Callable[[ArrayTree], Array]:
+    """E as a function of params; NaN, and so are its derivatives, where the point or E is not finite.
+
+    At params that are not finite there is no curvature, also where the product does not read them; nor where the loss
+    is not, whatever its derivatives say.
+    """
+    contract.check(loss, params, batch)
+    finite = jnp.stack([jnp.isfinite(p).all() for p in Space.of(params).ravel(params)]).all()
+
+    def known(p: ArrayTree) -> Array:
+        value = loss(p, batch)
+        holds = finite & jnp.isfinite(lax.stop_gradient(value))
+        return value * jnp.where(holds, 1, jnp.nan).astype(value.dtype)
+
+    return known
+
+
+@dataset.on_automatic_axes
 def quadratic_form(op: LinearOperator, v: ArrayTree) -> Array:
     """vᵀAv; of a Hessian by differentiation forwards only, which is half of a product's work and of its compilation.
 
@@ -100,7 +109,7 @@ def quadratic_form(op: LinearOperator, v: ArrayTree) -> Array:
     if isinstance(op.product, OverExamples) and isinstance(op.product.of_batch, _OfBatch):
         op.space.check("v", v)
         of_batch = op.product.of_batch
-        return jnp.asarray(OverExamples(HessianForm(of_batch.loss, of_batch.product))(op.operands, v))
+        return jnp.asarray(OverExamples(HessianForm(of_batch.loss, of_batch.product)).mean(op.operands, v))
     return optax.tree.vdot(v, op @ v)
 
 
@@ -117,5 +126,6 @@ class HessianForm:
         by_derivative = self.product in (by_derivatives, forward_over_reverse, reverse_over_reverse)
         if not by_derivative or "custom_vjp_call" in str(jax.make_jaxpr(self.loss)(params, batch).jaxpr):
             return optax.tree.vdot(v, _OfBatch(self.loss, self.product)(batch, params, v))
-        slope = lambda p: jax.jvp(lambda p: self.loss(p, batch), (p,), (v,))[1]
+        known = _known(self.loss, params, batch)
+        slope = lambda p: jax.jvp(known, (p,), (v,))[1]
         return jax.jvp(slope, (params,), (v,))[1]

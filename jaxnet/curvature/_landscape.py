@@ -139,15 +139,18 @@ def filter_normalised(params: ArrayTree, *, key: Array, count: int = 2, axis: in
       Like params, leaves (count, ...); for `landscape`, with an extent of 1 or less.
 
     Raises:
-      TypeError, ValueError: the params are no floating arrays, or there is no kernel.
+      TypeError, ValueError: the params are no floating arrays, there is no kernel, or one has no such axis.
 
     Reference:
       Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, section 4.
     """
     contract.check_params(params)
     leaves, structure = jax.tree.flatten(params)
-    if all(jnp.ndim(x) < 2 for x in leaves):
+    fewest = min((jnp.ndim(x) for x in leaves if jnp.ndim(x) > 1), default=0)
+    if not fewest:
         raise ValueError("params: expected a kernel, a leaf of two axes or more, to take filters of")
+    if not -fewest <= axis < fewest:
+        raise ValueError(f"axis: expected one that each kernel has, the least of {fewest} axes, got {axis}")
     keys = jax.random.split(key, len(leaves))
 
     def draw(key: Array, w: Array) -> Array:

@@ -48,9 +48,9 @@ def layer_sharpness(
     """
     op = hessian(loss, params, batch, product=product)
     if groups is None:
-        layers = [name.rpartition("/")[0] for name in op.space.names]
+        layers = list(map(contract.layer_of, op.space.names))
         groups = {
-            layer or "params": jax.tree.unflatten(op.space.structure, [other == layer for other in layers])
+            layer: jax.tree.unflatten(op.space.structure, [other == layer for other in layers])
             for layer in dict.fromkeys(layers)
         }
     return {

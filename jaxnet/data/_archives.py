@@ -52,7 +52,8 @@ def sampled(num_rows: int, width: int, most_numbers: int | None) -> np.ndarray |
     """Rows drawn at random, in their order, so many that they hold at most so many numbers; None for all."""
     if most_numbers is None or num_rows * width <= most_numbers:
         return None
-    return np.sort(np.random.default_rng(0).choice(num_rows, max(3, most_numbers // width), replace=False))
+    count = max(3, most_numbers // width)
+    return np.sort(np.random.default_rng(0).choice(num_rows, count, replace=False)) if count < num_rows else None
 
 
 def of_sample(count: int, num_rows: int) -> str:

@@ -195,7 +195,8 @@ def _input(path: pathlib.Path, name: str, column: Any, notes: list[str]) -> np.n
     n = len(column)
     values = _numbers(path, name, column, notes)
     if values is not None:
-        if n > 2 and values[0] in (0, 1) and np.array_equal(values, values[0] + np.arange(n)):
+        # By the rows' own numbers: some may be left out, or not be in the sample.
+        if n > 2 and any(np.array_equal(values, column.index - start) for start in (0, 1)):
             notes.append(f"column {name!r} counts the rows and is an input all the same, unless drop names it")
         return values.astype(np.float64)[:, None]
     words, codes = np.unique(column.to_numpy(str), return_inverse=True)

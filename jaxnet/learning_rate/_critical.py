@@ -79,7 +79,8 @@ def critical_sharpness(
       batch: the examples, or a data set in batches, gone through once a pass.
       direction: u, like params: the update that an optimizer makes at a rate of 1, as in
         ``u, _ = optax.adam(1.0).update(gradient, opt_state, params)``; by default −g.
-      guess: where to look first, such as the rate in use, or the last ``rate`` found.
+      guess: where to look first, such as the rate in use, or the last ``rate`` found; 1 where that is not positive and
+        finite.
       tol: the width of the bracket, relative.
 
     Returns:
@@ -115,6 +116,8 @@ def _critical(
     dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
     zero, infinity = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
     start = value(zero).astype(dtype)
+    # The last rate found, if there was none, would be no place to look.
+    guess = jnp.where((guess > 0) & (guess < jnp.inf), guess, 1).astype(dtype)
 
     def next_rate(search: _Search) -> Array:
         (low, _), (high, _) = search.low, search.high
@@ -131,27 +134,33 @@ def _critical(
             put(falls, search.low), put(~falls, search.high), jnp.fmin(search.least, change), search.num_passes + 1
         )
 
-    def narrow(search: _Search) -> Array:
-        (low, _), (high, _) = search.low, search.high
-        return jnp.isfinite(high) & (high - low <= tol * high)
-
     def going_on(search: _Search) -> Array:
-        return jnp.isfinite(start) & ~narrow(search) & (search.num_passes <= _PATIENCE)
+        return jnp.isfinite(start) & ~_narrow(search, tol) & (search.num_passes <= _PATIENCE)
 
     begun = _Search((zero, zero), (infinity, infinity), zero, jnp.ones((), jnp.int32))
-    end = dataset.while_loop(going_on, step, begun, data=data)
+    return _found(dataset.while_loop(going_on, step, begun, data=data), start, tol)
+
+
+def _narrow(search: _Search, tol: Array | float) -> Array:
+    (low, _), (high, _) = search.low, search.high
+    return jnp.isfinite(high) & (high - low <= tol * high)
+
+
+def _found(end: _Search, start: Array, tol: Array | float) -> CriticalSharpness:
+    """What a search that has ended says, of a loss that was ``start``."""
     (low, fall), (high, rise) = end.low, end.high
     slopes = fall / jnp.where(low > 0, low, 1), rise / high
     between = low + (high - low) * jnp.where(jnp.isfinite(slopes[1]), -slopes[0] / (slopes[1] - slopes[0]), 0.5)
     rate = jnp.where(low > 0, jnp.where(high < jnp.inf, between, jnp.inf), jnp.nan)
     # E(η) − E(0) has at η_c the slope that it has at 0, four times its depth over η_c: so far rounding moves the root.
-    blurred = _ROUNDING * jnp.finfo(dtype).eps * jnp.abs(start) / jnp.maximum(-4 * end.least, jnp.finfo(dtype).tiny)
+    limits = jnp.finfo(start.dtype)
+    blurred = _ROUNDING * limits.eps * jnp.abs(start) / jnp.maximum(-4 * end.least, limits.tiny)
     return CriticalSharpness(
         value=2 / rate,
         rate=rate,
         bracket=jnp.stack([low, high]),
         num_passes=end.num_passes,
-        converged=narrow(end) & (low > 0) & (blurred <= tol),
+        converged=_narrow(end, tol) & (low > 0) & (blurred <= tol),
     )
 
 

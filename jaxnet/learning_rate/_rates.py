@@ -90,6 +90,8 @@ def greedy(loss: Loss, params: ArrayTree, batch: Any) -> Array:
 
 @functools.partial(dataset.jit, static_argnames="loss")
 def _greedy_parts(loss: Loss, params: ArrayTree, data: Any) -> tuple[Array, Array]:
+    # A gradient in half precision would be rounded by more than its products are.
+    params, data = contract.widened(params), data if dataset.on_host(data) else contract.widened(data)
     gradient = dataset.mean(contract.ValueAndGrad(loss), data, params)[1]
     return optax.tree.norm(gradient, squared=True), quadratic_form(hessian(loss, params, data), gradient)
 

@@ -51,7 +51,7 @@ def noise_scale(loss: Loss, params: ArrayTree, batch: Any) -> NoiseScale:
       loss: ``loss(params, batch) -> scalar``, a mean over independent examples.
       params: the point at which the gradients are taken.
       batch: N >= 3 examples, a sample of the distribution meant; or a data set in batches that does not fit memory: a
-        list of batches or a data loader, gone through twice.
+        list of batches or a data loader, gone through three times.
 
     Returns:
       A `NoiseScale`, with its standard error.
@@ -73,7 +73,7 @@ def _of_gradients(grads: PerExampleGradients) -> NoiseScale:
 
 
 def layer_noise_scale(
-    loss: Loss, params: ArrayTree, batch: Any, *, layer_of: Callable[[str], str] | None = None
+    loss: Loss, params: ArrayTree, batch: Any, *, layer_of: Callable[[str], str] = contract.layer_of
 ) -> dict[str, NoiseScale]:
     """B_simple of each layer's own gradient, by one pass over the examples.
 
@@ -93,8 +93,7 @@ def layer_noise_scale(
     """
     check_independent(loss, params, batch)
     parts = _by_leaves(gradients(loss, params, batch))
-    names = contract.leaf_names(params)
-    layers = [layer_of(name) if layer_of else name.rpartition("/")[0] or "params" for name in names]
+    layers = list(map(layer_of, contract.leaf_names(params)))
     of = lambda layer: [
         over_leaves([x for x, other in zip(jax.tree.leaves(part), layers, strict=True) if other == layer])
         for part in parts

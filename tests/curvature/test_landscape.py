@@ -86,6 +86,8 @@ def test_filters_are_as_long_as_the_weights_own(x64):
     )
     rows = curvature.filter_normalised(params["dense"], key=KEY, count=1, axis=0)["kernel"][0]
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), np.linalg.norm(params["dense"]["kernel"], axis=1))
+    with pytest.raises(ValueError, match="axis: expected one that each kernel has"):
+        curvature.filter_normalised(params, key=KEY, axis=2)
 
 
 def test_the_overlap_of_a_gradient_with_the_leading_eigenvectors(mlp_problem):

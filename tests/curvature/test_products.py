@@ -234,3 +234,13 @@ def test_what_a_loss_raises_by_itself_is_not_taken_for_a_missing_derivative():
         curvature.sharpness(lambda p, b: p.sum() * b.mean() * (1 / 0), jnp.ones(3), jnp.ones(2), key=KEY)
     with pytest.raises(ValueError, match="step: expected a positive and finite number"):
         curvature.Differences(0.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "point"),
+    [(lambda p, b: (p[0] ** 2 + jnp.nan) * b[0], [1.0, 1.0]), (lambda p, b: p[0] ** 2, [1.0, np.nan])],
+)
+def test_a_form_is_nan_where_a_product_is(loss, point):
+    op = curvature.hessian(loss, jnp.array(point), jnp.ones(3))
+    assert np.isnan(op @ jnp.ones(2)).any()
+    assert np.isnan(curvature.quadratic_form(op, jnp.ones(2)))

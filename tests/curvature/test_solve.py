@@ -72,3 +72,8 @@ def test_blocks_by_the_names_of_leaves_and_layer_by_layer(mlp_problem):
         lambda p, b: loss(params, b) + (p["w"] ** 2).sum(), {"w": jnp.ones(3)}, batch, key=KEY
     )
     np.testing.assert_allclose(flat["params"].values, [2.0], rtol=1e-3)
+    # A layer that is called as the top is: leaves of both are one group, and none is lost.
+    both = {"params": {"w": jnp.ones(2)}, "scale": jnp.ones(1)}
+    curved = lambda p, b: loss(params, b) + 2 * (p["params"]["w"] ** 2).sum() + (p["scale"] ** 2).sum()
+    found = curvature.layer_sharpness(curved, both, batch, key=KEY)
+    np.testing.assert_allclose(found["params"].values, [4.0], rtol=1e-3)

@@ -39,6 +39,20 @@ def test_rows_of_a_table_stay_together(tmp_path, separator, decimal):
     assert data.read(path, most_numbers=6 * N).notes == whole.notes
 
 
+def test_rows_that_are_counted_are_told_in_a_sample_too(tmp_path):
+    told = [note for note in data.read(table(tmp_path / "a.csv"), most_numbers=4000).notes if "counts the rows" in note]
+    assert [note.split("'")[1] for note in told] == ["a"]
+
+
+def test_fewer_rows_than_a_sample_has_are_read_whole(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.ones((2, 100)), y=np.arange(2))
+    (tmp_path / "a.csv").write_text("a,b,c,d,e\n1,2,3,4,5\n2,3,4,5,7\n")
+    for name in ("a.npz", "a.csv"):
+        found = data.read(tmp_path / name, most_numbers=4)
+        assert len(found.inputs) == 2
+        assert found.notes == ()
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_rows_of_an_archive_stay_together(tmp_path, save):
     x = np.arange(N * 6, dtype=np.float32).reshape(N, 2, 3)

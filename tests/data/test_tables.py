@@ -182,6 +182,8 @@ def test_what_tells_nothing_is_left_out_and_said(write):
     counts = data.read(write("id,a,b\n1,5,1\n2,7,0\n3,6,1\n"))
     assert counts.inputs.shape == (3, 2)
     assert "column 'id' counts the rows and is an input all the same, unless drop names it" in counts.notes
+    gap = data.read(write("id,a,b\n0,5,1\n1,,0\n2,6,1\n3,6,0\n"))
+    assert any("'id' counts the rows" in note for note in gap.notes)
 
 
 def test_truth_values_are_0_and_1(write):

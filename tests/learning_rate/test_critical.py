@@ -135,3 +135,11 @@ def test_bad_arguments():
         learning_rate.critical_sharpness(line, jnp.ones(3), jnp.ones(2), jnp.ones(4))
     with pytest.raises(ValueError, match="tol: expected a positive number"):
         learning_rate.critical_sharpness(line, jnp.ones(3), jnp.ones(2), tol=0)
+
+
+@pytest.mark.parametrize("guess", [np.inf, np.nan, 0.0])
+def test_a_last_rate_that_was_none_is_no_place_to_look(x64, guess):
+    params, batch, g = problem()
+    found = learning_rate.critical_sharpness(quadratic, params, batch, guess=jnp.asarray(guess))
+    np.testing.assert_allclose(found.rate, 2 * g @ g / (g @ MATRIX @ g), rtol=1e-12)
+    assert found.converged

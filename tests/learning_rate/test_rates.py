@@ -5,7 +5,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from jaxnet import learning_rate, training
+from jaxnet import learning_rate, losses, nn, training
 
 
 def quadratic(params, batch):
@@ -60,6 +60,18 @@ def test_greedy_minimises_along_the_gradient(x64):
     rate = learning_rate.greedy(quadratic, params, BATCH)
     np.testing.assert_allclose(jax.grad(along)(rate), 0, atol=1e-10)
     assert jnp.isnan(learning_rate.greedy(lambda p, b: -quadratic(p, b), params, BATCH))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_greedy_of_half_precision_is_that_of_its_numbers(dtype):
+    model = nn.mlp([5, 3], activation=jnp.tanh)
+    loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
+    halved = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
+    inputs = halved(jax.random.normal(jax.random.key(1), (8, 4)))
+    given = halved(model.init(jax.random.key(0), (4,))), (inputs, jnp.arange(8) % 3)
+    widened = lambda x: x.astype(jnp.float32) if x.dtype == dtype else x
+    expected = learning_rate.greedy(loss, *jax.tree.map(widened, given))
+    np.testing.assert_allclose(learning_rate.greedy(loss, *given), expected, rtol=1e-5)
 
 
 def test_the_curvature_of_noise_is_the_trace_of_its_product(x64):

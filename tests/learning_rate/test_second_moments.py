@@ -9,8 +9,9 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from jaxnet import data, losses, nn
+from jaxnet import curvature, data, losses, nn
 from jaxnet.learning_rate import analyse, measure_sgd_stability, sgd_stability
+from jaxnet.learning_rate._second_moments import factors as factors_of
 from jaxnet.learning_rate._settled import settled
 
 KEY = jax.random.key(0)
@@ -115,3 +116,18 @@ def test_a_population_of_runs_grows_within_the_bracket(size, x64):
     )  # fmt: skip
     assert low < measured.limit < high
     assert high < 2 * low
+
+
+def test_params_that_may_lie_apart_have_the_same_factors(monkeypatch, x64):
+    params, batch = small()
+
+    def squares():
+        space = curvature.Space.of(params)
+        roots = space.ravel(jax.tree.map(lambda x: 1 + x**2, params))
+        found = factors_of(LOSS, params, batch, roots, KEY, space.starts)
+        return jnp.einsum("nkp,nkq->npq", found, found)
+
+    joined = squares()
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert curvature.Space.of(params).apart
+    np.testing.assert_allclose(squares(), joined, atol=1e-12)
