@@ -11,7 +11,7 @@ import pytest
 from rich.progress import Progress
 
 from jaxnet import contract, data, training
-from jaxnet.lab import analyse, cli, experiments, plots, record, report
+from jaxnet.lab import _terminal, analyse, cli, experiments, plots, record, report
 
 COMMAND = [sys.executable, "-m", "jaxnet"]
 
@@ -135,7 +135,7 @@ def test_the_time_left_is_the_pace_so_far(monkeypatch):
     clock = [0.0]
     with Progress(get_time=lambda: clock[0], disable=True) as bar:
         task = bar.add_task("", total=1.0, at=0.0)
-        column = cli.TimeLeft()
+        column = _terminal.TimeLeft()
         words = lambda: column.render(bar.tasks[0]).plain
         assert words() == ""
         clock[0] = 30.0
@@ -358,7 +358,7 @@ def test_a_line_that_cannot_be_read_is_the_users_error(capsys):
     assert "'many'" in complaint(capsys, "analyse", "--batch-size", "many")
     assert cli.run(["nope"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("jaxnet: Unrecognized options: nope Available subcommands: analyse, spectrum")
+    assert line.startswith("jaxnet: Unrecognized options: nope; Available subcommands: analyse, train, spectrum")
 
 
 def test_files_that_cannot_be_read_are_the_users_error(tmp_path, capsys, monkeypatch):
