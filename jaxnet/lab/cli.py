@@ -205,6 +205,8 @@ def _parse(arguments: Sequence[str]) -> Job | List | Doctor:
     try:
         with contextlib.redirect_stderr(printed):
             return tyro.cli(Command, prog="jaxnet", args=list(arguments), description=DESCRIPTION)
+    except ImportError as error:  # of a shell that tyro leaves to another package
+        raise UserError(str(error)) from error
     except SystemExit as end:
         if not end.code:
             raise

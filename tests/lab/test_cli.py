@@ -8,10 +8,9 @@ import time
 
 import numpy as np
 import pytest
-from rich.progress import Progress
 
 from jaxnet import contract, data, training
-from jaxnet.lab import _terminal, analyse, cli, experiments, plots, record, report
+from jaxnet.lab import analyse, cli, experiments, plots, record, report
 
 COMMAND = [sys.executable, "-m", "jaxnet"]
 
@@ -129,24 +128,6 @@ def test_resume_begins_where_there_is_nothing_and_refuses_what_it_cannot_read(tm
     assert cli.run(["analyse", "--out", str(tmp_path), "--resume"]) == 2
     assert "record.json: cannot be gone on with, expected a record" in capsys.readouterr().err
     assert report.read_record(tmp_path / "nothing") is None
-
-
-def test_the_time_left_is_the_pace_so_far(monkeypatch):
-    clock = [0.0]
-    with Progress(get_time=lambda: clock[0], disable=True) as bar:
-        task = bar.add_task("", total=1.0, at=0.0)
-        column = _terminal.TimeLeft()
-        words = lambda: column.render(bar.tasks[0]).plain
-        assert words() == ""
-        clock[0] = 30.0
-        bar.update(task, completed=0.25, at=30.0)
-        assert words() == "about 90 s left"
-        clock[0] = 70.0  # nothing new
-        assert words() == "about 50 s left"
-        clock[0] = 500.0
-        assert words() == "about 0 s left"
-        bar.update(task, completed=0.5, at=500.0)
-        assert words() == "about 8 min left"
 
 
 def test_an_out_that_is_not_empty_is_kept_unless_overwritten(small, tmp_path):
@@ -280,13 +261,6 @@ def test_a_failed_claim_makes_the_exit_status_1(tmp_path):
     assert done.returncode == 1, done.stderr
     assert "MISS" in done.stdout
     assert json.loads((tmp_path / "out" / "record.json").read_text())["claims"][0]["passed"] is False
-
-
-def test_doctor():
-    done = jaxnet("doctor")
-    assert done.returncode == 0
-    assert "jaxlib" in done.stdout
-    assert "installed" in done.stdout
 
 
 def raising(error):
