@@ -73,8 +73,10 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same_end_and_beyond(whole, tmp_
         run(tmp_path, interrupted)
     assert "run" not in report.read_record(tmp_path).measurements
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
-    for _ in range(2):  # the second time there is nothing left to do
-        run(tmp_path)
+    for epochs in (3, 0):  # the second time there is nothing left to do
+        seen = []
+        run(tmp_path, lambda stage, share: seen.append(share) if stage == "training" and share > 0.3 else None)
+        assert len(seen) == epochs
         assert kept(tmp_path) == kept(whole)
     run(tmp_path, num_epochs=6)
     (tmp_path / "anew").mkdir()
