@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxnet import __version__
+import jaxnet
 from jaxnet.contract import UserError
 from jaxnet.lab import _compiled, _processes, doctor, experiments, report, spectrum, train
 from jaxnet.lab import analyse as main_job
@@ -312,7 +312,7 @@ def _experiment(command: Experiment, folder: pathlib.Path, console: Console) -> 
 
 
 def _version() -> int:
-    print(f"jaxnet {__version__}, JAX {jax.__version__}")
+    print(f"jaxnet {jaxnet.__version__}, JAX {jax.__version__}")
     return DONE
 
 
