@@ -26,13 +26,14 @@ LIBRARY = [path for path in FILES if path.relative_to(PACKAGE).parts[0] not in (
 ROOMS = ["jaxnet", *(f"jaxnet.{room}" for floor in FLOORS[1:-1] for room in sorted(floor)), "jaxnet.lab.experiments"]
 # Inside the laboratory too an arrow points down.
 LAB = [
-    {"record", "_compiled"},
+    {"record", "_compiled", "_folders"},
     {"_own", "_landscapes"},
     {"_task", "_panels"},
-    {"plots", "_runs"},
+    {"plots", "_runs", "_processes", "_resumed", "_terminal"},
     {"_page"},
     {"report"},
-    {"experiments", "analyse", "spectrum"},
+    {"experiments", "analyse", "spectrum", "doctor"},
+    {"train"},
     {"cli"},
     {"__init__"},
 ]

@@ -19,6 +19,11 @@ def folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxnet" / "programs"
 
 
+def folder_in_use() -> pathlib.Path:
+    """`folder`, or the one that JAX has been told of, as by ``JAX_COMPILATION_CACHE_DIR``."""
+    return pathlib.Path(getattr(jax.config, _FOLDER) or folder())
+
+
 @contextlib.contextmanager
 def kept(wanted: bool) -> Iterator[None]:
     """Within, what was compiled before is read from disk, and what is compiled now is written there.

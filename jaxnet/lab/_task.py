@@ -70,6 +70,13 @@ def check_count(name: str, value: int, lowest: int = 1, highest: int = MOST) -> 
         raise UserError(f"{name}: expected {lowest} to {highest}, got {value}")
 
 
+def check_own_rate(rate: float | None, dtype: str) -> None:
+    """Raise a `UserError` unless a rate of one's own, if there is one, is positive and finite."""
+    limits = np.finfo(dtype)
+    if rate is not None and not float(limits.tiny) <= rate <= float(limits.max):
+        raise UserError(f"learning_rate: expected positive and finite in {dtype}, got {rate}")
+
+
 def rate_of(analysis: Analysis, batch_size: int | None) -> float:
     """The rate to train at with batches of B.
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,9 +11,20 @@ import numpy as np
 import optax
 
 from jaxnet import contract, curvature, learning_rate
-from jaxnet.contract import Array, UserError, check_batch_size
+from jaxnet.contract import Array, check_batch_size
 from jaxnet.lab import _panels, _runs, record
-from jaxnet.lab._task import OnStage, Task, TaskConfig, check_count, checked_rate, keys_of, known, make_task
+from jaxnet.lab._resumed import as_read, check_same_job, digest
+from jaxnet.lab._task import (
+    OnStage,
+    Task,
+    TaskConfig,
+    check_count,
+    check_own_rate,
+    checked_rate,
+    keys_of,
+    known,
+    make_task,
+)
 from jaxnet.lab.record import Claim, Record
 from jaxnet.learning_rate import Analysis, MeasuredStability
 
@@ -69,15 +78,13 @@ def stages(
     check_batch_size(config.batch_size, task.num_examples)
     check_count("num_epochs", config.num_epochs)
     own = config.learning_rate
-    limits = np.finfo(config.dtype)
-    if own is not None and not float(limits.tiny) <= own <= float(limits.max):
-        raise UserError(f"learning_rate: expected positive and finite in {config.dtype}, got {own}")
+    check_own_rate(own, config.dtype)
     if begun is None:
         on_stage("λ_max and the gradient's noise", 0.03)
         begun = _analysed(config, task, keys[1])
     else:
-        _check_same_job(begun, config, task)
-    yield (found := _as_read(begun))
+        check_same_job(begun, "analyse", config, task)
+    yield (found := as_read(begun))
 
     names = {
         "full batch": None,
@@ -97,20 +104,14 @@ def stages(
             derived=derived, rate=rate, num_epochs=config.num_epochs, key=keys[2], share=share,
         )  # fmt: skip
         yield (
-            found := _as_read(
-                _runs.with_run(found, run, contract.num_examples(task.sample), _limit_by_sharpness(found))
-            )
+            found := as_read(_runs.with_run(found, run, contract.num_examples(task.sample), _limit_by_sharpness(found)))
         )
 
-    if "ladder" not in found.measurements:
+    # With second moments there is no limit before they have seen gradients, and gradient descent's is another's.
+    if config.optimizer in ("sgd", "momentum", "nesterov") and "ladder" not in found.measurements:
         on_stage("ladder of rates", 0.86)
         yield _with_ladder(found, task, keys[3:])
     on_stage("done", 1.0)
-
-
-def _as_read(found: Record) -> Record:
-    """A record as JSON has it: what follows sees the same whether or not the job was broken off in between."""
-    return Record.from_json(found.to_json())
 
 
 def _analysed(config: AnalyseConfig, task: Task, key: Array) -> Record:
@@ -129,34 +130,11 @@ def _analysed(config: AnalyseConfig, task: Task, key: Array) -> Record:
         config=dataclasses.asdict(config),
         seed=config.seed,
         dtype=str(jnp.result_type(*jax.tree.leaves(task.params))),
-        measurements={**analysis.to_dict(), "runs": [], "data": _digest(task)},
+        measurements={**analysis.to_dict(), "runs": [], "data": digest(task)},
         rows=[*task.rows, *_of_targets(task), *analysis.rows(), *_of_own_rate(config, analysis)],
         panels=_panels.of_analysis(analysis),
-        answer=_answer(config, analysis),
+        answer=answer(config.optimizer, config.batch_size, analysis),
     )
-
-
-def _digest(task: Task) -> str:
-    """Of the examples: a file may have changed while a job lay still."""
-    leaves = jax.tree.leaves((task.train, task.test))
-    return hashlib.blake2b(b"".join(np.asarray(x).tobytes() for x in leaves), digest_size=16).hexdigest()
-
-
-def _check_same_job(begun: Record, config: AnalyseConfig, task: Task) -> None:
-    """Raise a `UserError` unless a record that was begun is this job's."""
-    anew = "; start anew with --overwrite"
-    if begun.name != "analyse":
-        raise UserError(f"resume: the record there is of {begun.name}{anew}")
-    plain = lambda value: json.loads(record.to_json(value))
-    for kind, then, now in (
-        ("--", plain(begun.config), plain(dataclasses.asdict(config))),
-        ("", begun.versions, record.versions()),
-        ("", {"data": begun.measurements.get("data")}, {"data": _digest(task)}),
-    ):
-        for name in now:
-            if then.get(name) != now[name]:
-                option = f"{kind}{name.replace('_', '-')}" if kind else name
-                raise UserError(f"resume: the job was begun with {option} {then.get(name)}, now {now[name]}{anew}")
 
 
 def _at(found: Record, name: str, batch_size: int | None) -> float:
@@ -170,9 +148,8 @@ def _limit_by_sharpness(found: Record) -> float:
     return _at(found, "limits", None) * float(found.measurements["sharpness"]["value"])
 
 
-def _answer(config: AnalyseConfig, analysis: Analysis) -> list[str]:
-    """What to do, and what not to."""
-    size, name = config.batch_size, config.optimizer
+def answer(name: str, size: int, analysis: Analysis) -> list[str]:
+    """What to do with an optimizer and batches of a size, and what not to."""
     rate, error = float(analysis.rate(size)), float(analysis.rate_error(size))
     if not rate > 0:
         return [analysis.reason(size)]
@@ -212,10 +189,7 @@ def _with_ladder(found: Record, task: Task, keys: Array) -> Record:
     if n < task.num_examples:
         value = curvature.sharpness(task.loss, task.params, batch, key=keys[0], tol=1e-4).value
     make = OPTIMIZERS[found.config["optimizer"]]
-    # An optimizer with second moments has no limit before they have seen gradients: gradient descent stands in for it.
-    plain = found.config["optimizer"] not in ("sgd", "momentum", "nesterov")
-    make = optax.sgd if plain else make
-    predicted = float(learning_rate.maximal(value)) if plain else _limit_by_sharpness(found) / float(value)
+    predicted = _limit_by_sharpness(found) / float(value)
     rates = predicted * STEPS_OF_LADDER
     ladder = learning_rate.measure_stability(task.loss, task.params, batch, make, rates=rates, key=keys[1])
     sampling = f"{'gradient descent' if make is optax.sgd else found.config['optimizer']} on {n} examples"

@@ -5,32 +5,36 @@ import dataclasses
 import functools
 import importlib.util
 import io
+import json
+import os
 import pathlib
 import re
 import signal
 import sys
-import tempfile
 import threading
+import time
 import traceback
+import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import jax
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
 
+import jaxnet
 from jaxnet.contract import UserError
-from jaxnet.lab import _compiled, experiments, report, spectrum
+from jaxnet.lab import _compiled, _processes, doctor, experiments, report, spectrum, train
 from jaxnet.lab import analyse as main_job
-from jaxnet.lab._task import OnStage, check_count, known
-from jaxnet.lab.record import Record, versions
+from jaxnet.lab._folders import folder_of
+from jaxnet.lab._task import known
+from jaxnet.lab._terminal import progress, show
+from jaxnet.lab.record import Record
 
-# 70 is EX_SOFTWARE of BSD's sysexits.h: an error inside the program.
-DONE, CLAIM_FAILED, BAD_INPUT, BUG, INTERRUPTED = 0, 1, 2, 70, 130
-# Seconds without a sign of life after which JAX ends the processes that wait for another.
-HEARTBEAT = 20
+# 70 is EX_SOFTWARE of BSD's sysexits.h: an error inside the program. The last two are 128 and SIGINT, SIGPIPE.
+DONE, CLAIM_FAILED, BAD_INPUT, BUG, INTERRUPTED, NO_READER = 0, 1, 2, 70, 130, 141
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,16 +43,21 @@ class Common:
 
     debug: bool = False
     """Show the traceback of an error in the input too."""
+    json: bool = False
+    """Print what was found as one JSON object, a job's record.json, and nothing else on standard output."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output(Common):
     """Where results go."""
 
-    out: pathlib.Path = pathlib.Path("jaxnet-out")
-    """The folder for record.json and the figures."""
+    out: pathlib.Path | None = None
+    """The folder for record.json, report.html and the figures; by default a new one a run, jaxnet-out/COMMAND-1, -2 and
+    so on."""
     overwrite: bool = False
     """Write into a folder that is not empty; files of the same names are replaced."""
+    open: bool = False
+    """Show report.html in the browser at the end."""
     keep_programs: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run of the kind need not compile them."""
     coordinator: str | None = None
@@ -65,7 +74,15 @@ class Analyse(main_job.AnalyseConfig, Output):
     """Derive a task's learning rate from curvature and noise, train at it, and measure whether theory was right."""
 
     resume: bool = False
-    """Go on with the job that was broken off in the folder: what it finished is kept."""
+    """Go on with the job that was broken off in the folder, by default in the latest: what it finished is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(train.TrainConfig, Output):
+    """Train a network at the rate that follows from curvature and noise, with checkpoints, a history and a report."""
+
+    resume: bool = False
+    """Go on with the run that was broken off in the folder, by default in the latest, at its newest checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,18 +107,21 @@ class List(Common):
 
 @dataclasses.dataclass(frozen=True)
 class Doctor(Common):
-    """Tell versions, devices and which extras are installed."""
+    """Tell versions, devices, memory, where programs are kept, and which extras are installed."""
 
 
 Command = (
     Annotated[Analyse, tyro.conf.subcommand("analyse")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Spectrum, tyro.conf.subcommand("spectrum")]
     | Annotated[Experiment, tyro.conf.subcommand("experiment")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
-DESCRIPTION = "What should the learning rate be, and why? Derived from curvature and noise, held against training."
+DESCRIPTION = """What should the learning rate be, and why? Derived from curvature and noise, held against training.
+
+--version tells the versions of jaxnet and JAX, --tyro-print-completion SHELL what completes commands and options."""
 
 A_BUG = (
     "jaxnet: this is a bug in jaxnet, not in your input; please report it at jaxnet's issue tracker, "
@@ -113,14 +133,16 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command line; returns the exit status.
 
     0 done, 1 a claim failed, 2 bad input (a `UserError`: one line on stderr), 70 a bug (any other error: a traceback on
-    stderr), 130 interrupted.
+    stderr), 130 interrupted, 141 nobody reads on.
     """
     console, errors = Console(), Console(stderr=True, soft_wrap=True, highlight=False)
     # Not from the command: it may be what cannot be read.
     debug = "--debug" in arguments
     try:
         with _interruptible():
-            return _run(_parse(arguments), console)
+            status = _run(_parse(arguments), console) if arguments[:1] != ["--version"] else _version()
+        sys.stdout.flush()
+        return status
     except UserError as error:
         if debug:
             traceback.print_exc(file=sys.stderr)
@@ -129,39 +151,46 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         errors.print("jaxnet: interrupted; what was finished is kept")
         return INTERRUPTED
+    except BrokenPipeError:
+        # As under `| head`. Python would try to write the rest when it ends, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
     except Exception:
         traceback.print_exc(file=sys.stderr)
         errors.print(A_BUG, markup=False)
         return BUG
 
 
-Commands = Analyse | Spectrum | Experiment | List | Doctor
+Job = Analyse | Train | Spectrum | Experiment
 
 
-def _run(command: Commands, console: Console) -> int:
+def _run(command: Job | List | Doctor, console: Console) -> int:
     if isinstance(command, List):
-        return _list(console)
+        return _list(command, console)
     if isinstance(command, Doctor):
-        return _doctor(console)
-    _join(command)
-    _devices()
-    resumed = isinstance(command, Analyse) and command.resume
-    if jax.process_index() == 0:
-        _check_out(command, resumed)
+        return _doctor(command, console)
+    if isinstance(command, Experiment):
+        known("experiment", command.name, [*experiments.names(), "all"])
+    num_devices = getattr(command, "devices", None)
+    _processes.join(num_devices, command.coordinator, command.num_processes, command.process_id)
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the figures need matplotlib: pip install 'jaxnet[app]'")
-    with _compiled.kept(command.keep_programs):
-        return _work(command, console, resumed)
+    name, resume = type(command).__name__.lower(), getattr(command, "resume", False)
+    where = folder_of(name, command.out, overwrite=command.overwrite, resume=resume)
+    with where as folder, _compiled.kept(command.keep_programs):
+        return _work(command, folder, report.read_record(folder) if resume else None, console)
 
 
-def _work(command: Analyse | Spectrum | Experiment, console: Console, resumed: bool) -> int:
+def _work(command: Job, folder: pathlib.Path, begun: Record | None, console: Console) -> int:
     try:
-        if isinstance(command, Analyse):
-            begun = report.read_record(command.out) if resumed else None
-            return _staged(command, main_job.AnalyseConfig, functools.partial(main_job.stages, begun=begun), console)
-        if isinstance(command, Spectrum):
-            return _staged(command, spectrum.SpectrumConfig, spectrum.stages, console)
-        return _experiment(command, console)
+        if isinstance(command, Experiment):
+            return _experiment(command, folder, console)
+        jobs: dict[type, tuple[Any, Callable[..., Iterator[Record]]]] = {
+            Analyse: (main_job.AnalyseConfig, functools.partial(main_job.stages, begun=begun)),
+            Train: (train.TrainConfig, functools.partial(train.stages, begun=begun, folder=folder)),
+            Spectrum: (spectrum.SpectrumConfig, spectrum.stages),
+        }
+        return _staged(command, *jobs[type(command)], folder, console)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise UserError("out of memory; take a smaller network or fewer examples") from error
@@ -170,69 +199,21 @@ def _work(command: Analyse | Spectrum | Experiment, console: Console, resumed: b
         raise
 
 
-def _parse(arguments: Sequence[str]) -> Commands:
-    """The command; tyro's boxed complaint is brought to one line."""
+def _parse(arguments: Sequence[str]) -> Job | List | Doctor:
+    """The command; tyro's boxed complaint is brought to one line. Its help, and its completions, are its own."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             return tyro.cli(Command, prog="jaxnet", args=list(arguments), description=DESCRIPTION)
+    except ImportError as error:  # of a shell that tyro leaves to another package
+        raise UserError(str(error)) from error
     except SystemExit as end:
         if not end.code:
             raise
         # Without the box, in whatever alphabet: its lid with a title, its sides, and the rules in it.
-        lines = printed.getvalue().splitlines()
-        complaint = re.sub(r"[─-]{4,}|[╰╯│]", "", " ".join(lines[1:] or lines))
-        raise UserError(" ".join(complaint.split())) from None
-
-
-def _check_out(output: Output, resumed: bool) -> None:
-    """Better now than after the work: can a folder be made where it is wanted?"""
-    folder = output.out
-    try:
-        parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        if not parent.is_dir():
-            raise UserError(f"--out {folder}: {parent.name} is a file; name a folder")
-        if folder.is_dir() and any(folder.iterdir()) and not (output.overwrite or resumed):
-            raise UserError(f"--out {folder}: is not empty; name another folder, or pass --overwrite")
-        with tempfile.TemporaryDirectory(dir=parent):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written ({error.strerror}); name another folder") from error
-
-
-def _join(command: Output) -> None:
-    """Make the devices asked for, and join the other processes, before JAX starts."""
-    num, processes = getattr(command, "devices", None), command.num_processes or 1
-    if num is not None:
-        check_count("devices", num)
-        if num % processes:
-            raise UserError(f"devices: expected a multiple of {processes}, the number of processes, got {num}")
-        # Where JAX has started already, what it has has to do.
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", num // processes)
-    if command.coordinator is not None:
-        by_hand = command.coordinator != "auto"
-        if by_hand and (command.num_processes is None or command.process_id is None):
-            raise UserError("coordinator: with a host:port, --num-processes and --process-id have to be given too")
-        try:
-            jax.distributed.initialize(
-                command.coordinator if by_hand else None,
-                command.num_processes,
-                command.process_id,
-                heartbeat_timeout_seconds=HEARTBEAT,
-                shutdown_timeout_seconds=HEARTBEAT,
-            )
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"coordinator: the processes cannot meet: {error}") from error
-    if num is not None and len(_devices()) < num:
-        raise UserError(f"devices: expected 1 to {len(_devices())}, which there are, got {num}")
-
-
-def _devices() -> list[jax.Device]:
-    try:
-        return jax.devices()
-    except RuntimeError as error:
-        raise UserError(f"JAX cannot start: {error}") from error
+        inside = " ".join(re.sub("[╰╯│]", "", line) for line in printed.getvalue().splitlines()[1:])
+        parts = [" ".join(part.split()) for part in re.split("[─-]{4,}", inside)]
+        raise UserError("; ".join(part.rstrip(".") for part in parts if part)) from None
 
 
 @contextlib.contextmanager
@@ -257,104 +238,101 @@ def _interruptible() -> Iterator[None]:
         sys.unraisablehook = before
 
 
-@contextlib.contextmanager
-def _bar() -> Iterator[OnStage]:
-    """A bar on a terminal; nothing elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal or jax.process_index() > 0:
-        yield lambda stage, share: None
-        return
-    columns = (BarColumn(), TimeElapsedColumn(), TimeLeft(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bar:
-        task, stages = bar.add_task("starting", total=1.0, at=0.0), ["starting"]
-
-        def on_stage(stage: str, share: float) -> None:
-            stages.append(stage)
-            bar.update(task, description=stage, completed=share, at=bar.tasks[task].elapsed or 0.0)
-
-        compiling = lambda now: bar.update(task, description=f"{stages[-1]}: compiling …" if now else stages[-1])
-        with _compiled.announced(compiling):
-            yield on_stage
-
-
-class TimeLeft(ProgressColumn):
-    """What is left at the pace so far, counted down between one stage and the next."""
-
-    def render(self, task: Task) -> Text:
-        """About so long, or nothing while nothing is known."""
-        share, at = task.completed, task.fields["at"]
-        if not share:
-            return Text("")
-        left = max(0.0, at / share - (task.elapsed or at))
-        words = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
-        return Text(f"about {words} left", style="progress.remaining")
-
-
-def _finish(record: Record, folder: pathlib.Path, console: Console) -> None:
+def _finish(record: Record, folder: pathlib.Path, command: Job, console: Console, seconds: float) -> None:
+    """Tell what was found, and write it; of several processes the first does."""
     if jax.process_index() > 0:
         return
-    for sentence in report.answer(record):
-        console.print(sentence, style="bold", markup=False, highlight=False)
-    for table in report.tables(record):
-        console.print(table)
-    for claim in record.claims:
-        if not claim.passed:
-            console.print(f"MISS {record.name}: {claim.name}", style="bold red", markup=False)
+    if not command.json:
+        for sentence in report.answer(record):
+            show(console, sentence, style="bold", markup=False, highlight=False)
+        show(console, f"Measured in {seconds:.0f} s.", style="dim", highlight=False)
+        for table in report.tables(record):
+            show(console, table)
+        for claim in record.claims:
+            if not claim.passed:
+                show(console, f"MISS {record.name}: {claim.name}", style="bold red", markup=False)
     paths = report.write(record, folder)
-    console.print(f"{folder}: {', '.join(path.name for path in paths)}", soft_wrap=True, highlight=False, markup=False)
+    if not command.json:
+        show(console, f"{folder}: {', '.join(path.name for path in paths)}", highlight=False, markup=False)
 
 
-def _staged(command: Any, make_config: Any, stages: Callable[..., Iterator[Record]], console: Console) -> int:
+def _end(records: dict[str, Record], folder: pathlib.Path, command: Job) -> None:
+    """What is left when all is told: the records for another program, the report for the browser."""
+    if jax.process_index() > 0:
+        return
+    if command.json:
+        found = {name: json.loads(record.to_json()) for name, record in records.items()}
+        several = isinstance(command, Experiment) and command.name == "all"
+        _print_json(found if several else next(iter(found.values())))
+        print(f"jaxnet: {folder}", file=sys.stderr)
+    if command.open:
+        page = folder / "report.html"
+        place = (page if page.exists() else folder).resolve()
+        if not webbrowser.open(place.as_uri()):
+            print(f"jaxnet: there is no browser to open {place}", file=sys.stderr)
+
+
+def _print_json(value: Any) -> None:
+    """In ASCII, which every terminal and pipe carries."""
+    print(json.dumps(value, indent=1))
+
+
+def _staged(
+    command: Job, make_config: Any, stages: Callable[..., Iterator[Record]], folder: pathlib.Path, console: Console
+) -> int:
     """Run a job that yields its record as it grows, and keep each, so that even a killed one leaves what it had."""
     config = make_config(**{field.name: getattr(command, field.name) for field in dataclasses.fields(make_config)})
-    record = None
+    record, begins = None, time.monotonic()
     try:
-        with jax.enable_x64(config.dtype == "float64"), _bar() as on_stage:
+        with jax.enable_x64(config.dtype == "float64"), progress() as on_stage:
             for stage in stages(config, on_stage):
                 record = stage
                 if jax.process_index() == 0:
-                    report.write_record(record, command.out)
+                    report.write_record(record, folder)
     finally:
         if record is not None:
-            _finish(record, command.out, console)
-    return DONE
+            _finish(record, folder, command, console, time.monotonic() - begins)
+            _end({record.name: record}, folder, command)
+    # The main job's misses are findings; a training that did not train is not done.
+    return CLAIM_FAILED if isinstance(command, Train) and not (record and record.passed) else DONE
 
 
-def _experiment(command: Experiment, console: Console) -> int:
-    chosen = experiments.names() if command.name == "all" else [command.name]
-    known("experiment", command.name, [*experiments.names(), "all"])
-    passed = True
-    with _bar() as on_stage:
+def _experiment(command: Experiment, folder: pathlib.Path, console: Console) -> int:
+    several = command.name == "all"
+    chosen = experiments.names() if several else [command.name]
+    records: dict[str, Record] = {}
+    with progress() as on_stage:
         for number, name in enumerate(chosen):
             on_stage(name, number / len(chosen))
-            record = experiments.run(name, seed=command.seed)
-            _finish(record, command.out / name if command.name == "all" else command.out, console)
-            passed = passed and record.passed
-    return DONE if passed else CLAIM_FAILED
+            begins = time.monotonic()
+            records[name] = experiments.run(name, seed=command.seed)
+            _finish(records[name], folder / name if several else folder, command, console, time.monotonic() - begins)
+    _end(records, folder, command)
+    return DONE if all(record.passed for record in records.values()) else CLAIM_FAILED
 
 
-def _list(console: Console) -> int:
-    for name in experiments.names():
-        console.print(f"{name:16} {experiments.question(name)}", soft_wrap=True, highlight=False)
+def _version() -> int:
+    print(f"jaxnet {jaxnet.__version__}, JAX {jax.__version__}")
     return DONE
 
 
-EXTRAS = {
-    "app": ("tyro", "rich", "matplotlib", "sklearn"),
-    "table": ("pandas",),
-    "data": ("mnist1d", "mlxtend"),
-    "stochastic": ("matfree",),
-    "checkpoint": ("orbax",),
-    "tensorboard": ("tensorboardX",),
-}
+def _list(command: List, console: Console) -> int:
+    return _told(command, {name: experiments.question(name) for name in experiments.names()}, console)
 
 
-def _doctor(console: Console) -> int:
-    for name, version in versions().items():
-        console.print(f"{name:10} {version}", highlight=False)
-    console.print(f"devices    {', '.join(str(device) for device in _devices())}", highlight=False)
-    for extra, modules in EXTRAS.items():
-        missing = [module for module in modules if importlib.util.find_spec(module) is None]
-        state = f"lacks {', '.join(missing)}: pip install 'jaxnet\\[{extra}]'" if missing else "installed"
-        console.print(f"extra {extra:10} {state}", highlight=False)
+def _doctor(command: Doctor, console: Console) -> int:
+    found = doctor.examine()
+    return _told(command, found if command.json else dict(doctor.lines(found)), console)
+
+
+def _told(command: Common, found: dict[str, Any], console: Console) -> int:
+    if command.json:
+        _print_json(found)
+        return DONE
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, words in found.items():
+        table.add_row(name, Text(words))
+    show(console, table)
     return DONE

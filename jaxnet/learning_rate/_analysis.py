@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -218,10 +219,7 @@ class Analysis:
                 f"{verdict}, {int(s.num_matvecs)} products, residual {float(s.residual_norm):.1e}",
             ),
             ("λ_max, upper bound", float(s.upper_bound), "certified, for a random start"),
-            ("1/λ_max", float(self.optimal), "gradient descent, full batch: optimal on a quadratic"),
-            ("2/λ_max", float(self.maximal), "gradient descent, full batch: limit of stability"),
-            ("2/upper bound", float(self.safe_maximal), "the same, safe"),
-            ("ε_max = g·g/g·Hg", float(self.curvature.greedy), "best single step along the gradient"),
+            *self._of_gradient_descent(),
             (
                 "B_simple = S/|G|²",
                 float(self.noise.value),
@@ -235,6 +233,22 @@ class Analysis:
                 else "no figure: the gradient or its noise meets no positive curvature here",
             ),
             *bracketed,
+        ]
+
+    def _of_gradient_descent(self) -> list[tuple[str, Any, str]]:
+        """What 1/λ_max says: of gradient descent, with momentum or without; to others it is nothing."""
+        if not re.match(r"sgd(\(|$)", self.optimizer):
+            return []
+        # λ_max of what the optimizer's alternating steps meet is a multiple of the Hessian's.
+        limit, value = 2 / float(self.derived.largest[-1]), float(self.sharpness.value)
+        plain, c = self.optimizer == "sgd", f"{limit * value:.3g}"
+        safe, name = limit * value / float(self.sharpness.upper_bound), "gradient descent" if plain else self.optimizer
+        best = [("1/λ_max", float(self.optimal), "gradient descent, full batch: optimal on a quadratic")]
+        return [
+            *(best if plain else []),
+            (f"{c}/λ_max", limit, f"{name}, full batch: limit of stability"),
+            (f"{c}/upper bound", safe, "the same, safe"),
+            ("ε_max = g·g/g·Hg", float(self.curvature.greedy), "best single step along the gradient"),
         ]
 
     def _limit_here(self, batch_size: int) -> str:

@@ -8,7 +8,6 @@ import time
 
 import numpy as np
 import pytest
-from rich.progress import Progress
 
 from jaxnet import contract, data, training
 from jaxnet.lab import analyse, cli, experiments, plots, record, report
@@ -129,24 +128,6 @@ def test_resume_begins_where_there_is_nothing_and_refuses_what_it_cannot_read(tm
     assert cli.run(["analyse", "--out", str(tmp_path), "--resume"]) == 2
     assert "record.json: cannot be gone on with, expected a record" in capsys.readouterr().err
     assert report.read_record(tmp_path / "nothing") is None
-
-
-def test_the_time_left_is_the_pace_so_far(monkeypatch):
-    clock = [0.0]
-    with Progress(get_time=lambda: clock[0], disable=True) as bar:
-        task = bar.add_task("", total=1.0, at=0.0)
-        column = cli.TimeLeft()
-        words = lambda: column.render(bar.tasks[0]).plain
-        assert words() == ""
-        clock[0] = 30.0
-        bar.update(task, completed=0.25, at=30.0)
-        assert words() == "about 90 s left"
-        clock[0] = 70.0  # nothing new
-        assert words() == "about 50 s left"
-        clock[0] = 500.0
-        assert words() == "about 0 s left"
-        bar.update(task, completed=0.5, at=500.0)
-        assert words() == "about 8 min left"
 
 
 def test_an_out_that_is_not_empty_is_kept_unless_overwritten(small, tmp_path):
@@ -282,13 +263,6 @@ def test_a_failed_claim_makes_the_exit_status_1(tmp_path):
     assert json.loads((tmp_path / "out" / "record.json").read_text())["claims"][0]["passed"] is False
 
 
-def test_doctor():
-    done = jaxnet("doctor")
-    assert done.returncode == 0
-    assert "jaxlib" in done.stdout
-    assert "installed" in done.stdout
-
-
 def raising(error):
     def function(*args, **options):
         raise error
@@ -358,7 +332,7 @@ def test_a_line_that_cannot_be_read_is_the_users_error(capsys):
     assert "'many'" in complaint(capsys, "analyse", "--batch-size", "many")
     assert cli.run(["nope"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("jaxnet: Unrecognized options: nope Available subcommands: analyse, spectrum")
+    assert line.startswith("jaxnet: Unrecognized options: nope; Available subcommands: analyse, train, spectrum")
 
 
 def test_files_that_cannot_be_read_are_the_users_error(tmp_path, capsys, monkeypatch):

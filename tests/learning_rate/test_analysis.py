@@ -251,6 +251,10 @@ def test_under_way_it_takes_the_state_as_it_is(analysed, name):
     np.testing.assert_allclose(found.rate(None), found.limit(None) / 2, rtol=1e-5)
     assert found.rate(8) < found.rate(None)
     assert "in this state" in found.reason(8)
+    shown = {row: value for row, value, _ in found.rows() if "/λ_max" in row or "/upper bound" in row}
+    assert list(shown) == (["3.8/λ_max", "3.8/upper bound"] if name == "momentum" else [])
+    for value in shown.values():  # the heavy ball's, not gradient descent's
+        np.testing.assert_allclose(value, wanted.limit, rtol=2e-2)
     with pytest.raises(ValueError, match="opt_state: expected the state"):
         learning_rate.analyse(loss, params, batch, key=KEY, make_optimizer=optax.rmsprop, opt_state=state.opt_state)
 
