@@ -1,5 +1,6 @@
 """What `test_mesh` runs in processes of its own; the last line it prints is JSON."""
 
+import contextlib
 import json
 import sys
 
@@ -15,7 +16,7 @@ from jaxnet import contract, curvature, losses, nn, per_example, training
 
 KEY = jax.random.key
 MODEL = nn.mlp([8, 4], activation=jnp.tanh)
-FEW = ("Auto, rows of params", "Explicit, data", "Explicit, both")
+FEW = ("Explicit, data", "Explicit, both")
 LOSS = losses.mean_loss(MODEL.apply, losses.softmax_cross_entropy)
 
 
@@ -38,6 +39,32 @@ def numbers(params, batch):
         "noise": [float(x) for x in (noise.value, noise.standard_error)],
         **{name: [*map(float, one.history.loss), *weights(one.state.params)] for name, one in runs.items()},
     }
+
+
+def finished(start, batch, **how):
+    """A run whose state has moments, of mini-batches in two shards."""
+    run = training.fit(
+        LOSS, start, batch, optax.adam, learning_rate=0.01, batch_size=8, num_epochs=3, key=KEY(2), num_shards=2, **how
+    )
+    leaves = jax.tree.leaves(run.state)
+    return {"loss": run.history.loss.tolist(), "state": [float((x * x).sum()) for x in leaves]}
+
+
+class Broken(Exception):
+    pass
+
+
+def break_off(folder, params, batch):
+    def end(progress):
+        if progress.epoch == 2:
+            raise Broken
+
+    with contextlib.suppress(Broken):
+        finished(params, batch, observers=[training.Checkpoints(folder), end])
+
+
+def go_on(folder, params, batch):
+    return finished(training.restore(folder, training.init_state(params, optax.adam(0.01))), batch)
 
 
 def columns(x):
@@ -90,9 +117,20 @@ def refused(params, batch):
         return str(error)
 
 
-def in_one_process(which):
-    jax.config.update("jax_num_cpu_devices", 4)
+def on_devices(num):
+    """The problem with its examples on so many devices, of one process or several."""
+    params, batch = problem()
+    mesh = jax.make_mesh((num,), ("examples",))
+    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("examples"))
+    at, length = jax.process_index(), 24 // jax.process_count()
+    own = jax.tree.map(lambda x: x[at * length : (at + 1) * length], batch)
+    params = jax.tree.map(lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), params)
+    return params, jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), own)
+
+
+def all_layouts(which, folder):
     found = {name: (params, batch) for name, params, batch in layouts(which)}
+    break_off(folder, *found["Explicit, data"])
     return {
         "one device": numbers(*problem()),
         "layouts": {name: numbers(*placed) for name, placed in found.items()},
@@ -102,20 +140,18 @@ def in_one_process(which):
     }
 
 
-def as_one_of_two(number, port):
-    jax.config.update("jax_num_cpu_devices", 2)
-    jax.distributed.initialize(f"localhost:{port}", 2, number)
-    params, batch = problem()
-    mesh = jax.make_mesh((4,), ("examples",))
-    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("examples"))
-    own = jax.tree.map(lambda x: x[12 * number : 12 * number + 12], batch)
-    params = jax.tree.map(lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), params)
-    found = numbers(params, jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), own))
-    return found if number == 0 else None
-
-
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    how, *arguments = sys.argv[1:]
-    result = in_one_process(*arguments) if how == "layouts" else as_one_of_two(*map(int, arguments))
-    print(json.dumps(result))
+    what, devices, *arguments = sys.argv[1:]
+    jax.config.update("jax_num_cpu_devices", int(devices))
+    if len(arguments) > 1:
+        jax.distributed.initialize(f"localhost:{arguments[1]}", 2, int(arguments[2]))
+    if what == "numbers":
+        result = numbers(*on_devices(jax.device_count()))
+    elif what == "go on":
+        result = go_on(arguments[0], *on_devices(jax.device_count()))
+    elif what == "break off":
+        result = break_off(arguments[0], *on_devices(jax.device_count()))
+    else:
+        result = all_layouts(what, arguments[0])
+    print(json.dumps(result if jax.process_index() == 0 else None))

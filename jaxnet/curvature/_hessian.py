@@ -100,7 +100,7 @@ def quadratic_form(op: LinearOperator, v: ArrayTree) -> Array:
     if isinstance(op.product, OverExamples) and isinstance(op.product.of_batch, _OfBatch):
         op.space.check("v", v)
         of_batch = op.product.of_batch
-        return jnp.asarray(OverExamples(HessianForm(of_batch.loss, of_batch.product))(op.operands, v))
+        return jnp.asarray(OverExamples(HessianForm(of_batch.loss, of_batch.product)).mean(op.operands, v))
     return optax.tree.vdot(v, op @ v)
 
 

@@ -213,10 +213,13 @@ class OverExamples:
 
     def __call__(self, operands: Any, v: ArrayTree) -> ArrayTree:
         """Of the operands ``(params, data)``."""
+        return laid_out_like(operands[0], self.mean(operands, v))
+
+    def mean(self, operands: Any, v: ArrayTree) -> Any:
+        """The same of any shape, where ``of_batch`` gives something else than a product."""
         params, data = operands
         v = jax.tree.map(lambda p, t: jnp.asarray(t, jnp.result_type(p)), params, v)
-        product = dataset.mean(_Widened(self.of_batch), data, params, laid_out_like(params, v))
-        return laid_out_like(params, product)
+        return dataset.mean(_Widened(self.of_batch), data, params, laid_out_like(params, v))
 
 
 @dataclasses.dataclass(frozen=True)

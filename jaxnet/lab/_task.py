@@ -1,6 +1,7 @@
 """A task from words: data, network and criterion, put together as one loss with its params."""
 
 import dataclasses
+import hashlib
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -160,6 +161,7 @@ class Task:
       labelled: whether the targets are classes, so that `accuracy` means something.
       title: what it is.
       rows: of the job's table: what was taken from the data, as what.
+      digest: of the examples: a file may have changed while a job lay still.
     """
 
     loss: Loss
@@ -170,6 +172,7 @@ class Task:
     labelled: bool
     title: str
     rows: list[tuple[str, Any, str]]
+    digest: str
 
     @property
     def num_params(self) -> int:
@@ -198,7 +201,11 @@ def make_task(config: TaskConfig, *, key: Array) -> Task:
     """
     if config.loss or config.params or config.batch:
         loss, params, batch = of_ones_own(loss=config.loss, params=config.params, batch=config.batch)
-        return Task(loss, None, params, batch, None, False, str(config.loss), [])
+        digest, rows = _digest(batch), []
+        if _shared(config):
+            params, batch, _, row = _on_devices(config.devices, params, batch, None)
+            rows.append(row)
+        return Task(loss, None, params, batch, None, False, str(config.loss), rows, digest)
     known("model", config.model, MODELS)
     activation = ACTIVATIONS[known("activation", config.activation, ACTIVATIONS)]
     known("criterion", config.criterion, ("auto", *CRITERIA))
@@ -215,19 +222,30 @@ def make_task(config: TaskConfig, *, key: Array) -> Task:
     shapes = jax.eval_shape(lambda key: network.init(key, train[0].shape[1:]), init_key)
     check_count("widths: the network's parameters", sum(x.size for x in jax.tree.leaves(shapes)), highest=MOST_PARAMS)
     params = network.init(init_key, train[0].shape[1:])
-    if config.devices is not None or jax.process_count() > 1:
+    digest = _digest((train, test))
+    if _shared(config):
         params, train, test, row = _on_devices(config.devices, params, train, test)
         rows.append(row)
     name = pathlib.Path(config.data).name
     title = f"{name}, {config.model}, {reading.criterion.replace('_', ' ')}"
     rows.append(("outputs", reading.num_outputs or 1, reading.remark))
-    return Task(loss, network.apply, params, train, test, reading.labelled, title, rows)
+    return Task(loss, network.apply, params, train, test, reading.labelled, title, rows, digest)
+
+
+def _digest(examples: Any) -> str:
+    """Of examples in this process, before they are parted among several."""
+    leaves = jax.tree.leaves(examples)
+    return hashlib.blake2b(b"".join(np.asarray(x).tobytes() for x in leaves), digest_size=16).hexdigest()
+
+
+def _shared(config: TaskConfig) -> bool:
+    return config.devices is not None or jax.process_count() > 1
 
 
 def _on_devices(num: int | None, params: Any, train: Any, test: Any) -> tuple[Any, Any, Any, tuple[str, Any, str]]:
     """Everything on a mesh, the examples to train on in as many equal parts; the last line is for the job's table."""
     devices = jax.devices()[:num]
-    num, length = len(devices), len(train[1])
+    num, length = len(devices), contract.num_examples(train)
     if length < num:
         raise UserError(f"devices: expected no more than {length}, the number of examples to train on, got {num}")
     mesh = jax.make_mesh((num,), ("examples",), axis_types=(AxisType.Auto,), devices=devices)

@@ -136,12 +136,15 @@ def factors(
       Halko, Martinsson & Tropp, "Finding Structure with Randomness", SIAM Review 2011, section 5.5.
     """
     parts = losses.parts_of(loss)[0]
-    space, root = Space.of(params), jnp.concatenate(roots)
+    # Where leaves may lie apart, the parts are those leaves in their shapes.
+    joined = lambda parts: jnp.concatenate([x.reshape(-1) for x in parts])
+    space, root = Space.of(params), joined(roots)
     start = jax.random.normal(key, (min(_RANK, root.size), root.size), root.dtype)
 
     def unravel(v: Array) -> ArrayTree:
         parts = jnp.split(v, np.cumsum([x.size for x in roots])[:-1])
-        return space.unravel(tuple(x.astype(like.dtype) for x, like in zip(parts, roots, strict=True)), starts)
+        shaped = (x.astype(like.dtype).reshape(like.shape) for x, like in zip(parts, roots, strict=True))
+        return space.unravel(tuple(shaped), starts)
 
     def of_example(example: ArrayTree) -> Array:
         one = jax.tree.map(lambda x: x[None], example)
@@ -151,7 +154,7 @@ def factors(
 
         def product(v: Array) -> Array:
             along = pushforward(network, params, unravel(root * v))[1]
-            return root * jnp.concatenate(space.ravel(pull(jax.jvp(slope, (outputs,), (along,))[1])[0]))
+            return root * joined(space.ravel(pull(jax.jvp(slope, (outputs,), (along,))[1])[0]))
 
         # Twice the same, of which the first time only gives the directions: so it is compiled once.
         def multiply(directions: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
