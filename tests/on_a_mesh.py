@@ -128,6 +128,20 @@ def on_devices(num):
     return params, jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), own)
 
 
+def unequal():
+    """As one of two processes that brings half as many examples as the other."""
+    params, batch = problem()
+    mesh = jax.make_mesh((jax.device_count(),), ("examples",))
+    own = jax.tree.map(lambda x: x[: 12 - 6 * jax.process_index()], batch)
+    put = lambda tree, *spec: jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, P(*spec)), np.asarray(x)), tree
+    )
+    try:
+        finished(put(params), put(own, "examples"))
+    except contract.UserError as error:
+        return {"error": str(error)}
+
+
 def all_layouts(which, folder):
     found = {name: (params, batch) for name, params, batch in layouts(which)}
     break_off(folder, *found["Explicit, data"])
@@ -148,6 +162,8 @@ if __name__ == "__main__":
         jax.distributed.initialize(f"localhost:{arguments[1]}", 2, int(arguments[2]))
     if what == "numbers":
         result = numbers(*on_devices(jax.device_count()))
+    elif what == "unequal":
+        result = unequal()
     elif what == "go on":
         result = go_on(arguments[0], *on_devices(jax.device_count()))
     elif what == "break off":

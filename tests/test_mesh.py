@@ -87,6 +87,13 @@ def test_two_processes_of_two_devices_give_what_one_process_gives(on_four, tmp_p
     same(on_four["one device"], of_two_processes("numbers", 2, tmp_path))
 
 
+@pytest.mark.slow
+def test_processes_that_bring_unequal_data_are_told_so(tmp_path):
+    error = of_two_processes("unequal", 1, tmp_path)["error"]
+    for word in ("process 1", "data[0] float64[24, 8]"):
+        assert word in error
+
+
 def test_a_run_broken_off_on_four_devices_goes_on_on_one(on_four, broken_off, on_a_mesh, x64):
     same(on_a_mesh.finished(*on_a_mesh.problem()), on_a_mesh.go_on(broken_off, *on_a_mesh.problem()))
 
