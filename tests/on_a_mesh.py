@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.collectives import collectives
-from jaxnet import contract, curvature, losses, nn, per_example, training
+from jaxnet import contract, curvature, learning_rate, losses, nn, per_example, training
 
 KEY = jax.random.key
 MODEL = nn.mlp([8, 4], activation=jnp.tanh)
@@ -31,13 +31,26 @@ def numbers(params, batch):
         LOSS, params, batch, optax.sgd, learning_rate=0.1, batch_size=size, num_epochs=2, key=KEY(2), **how
     )
     noise = per_example.noise_scale(LOSS, params, batch)
+    curved = learning_rate.noisy_curvature(LOSS, params, batch, key=KEY(3), num_probes=2)
     runs = {"full batch": run(None), "mini-batch": run(8, num_shards=4)}
     weights = lambda tree: [float((x * x).sum()) for x in jax.tree.leaves(tree)]
     return {
         "sharpness": [float(x) for x in (found.value, found.upper_bound)],
         "spent": [int(found.num_matvecs), bool(found.converged)],
+        "curvature": [float(x) for x in jax.tree.leaves(curved)],
         "noise": [float(x) for x in (noise.value, noise.standard_error)],
         **{name: [*map(float, one.history.loss), *weights(one.state.params)] for name, one in runs.items()},
+    }
+
+
+def derived(params, batch):
+    found = learning_rate.analyse(LOSS, params, batch, key=KEY(3), batch_sizes=[4, 24])
+    rates = np.linspace(1, 3, 5) / float(found.sharpness.value)
+    measured = learning_rate.measure_stability(LOSS, params, batch, optax.sgd, rates=rates, key=KEY(4))
+    return {
+        "rates": [float(found.rate(size)) for size in (4, 24)],
+        "limits": [float(found.limit(size)) for size in (4, 24)],
+        "measured": float(measured.limit),
     }
 
 
@@ -162,6 +175,8 @@ if __name__ == "__main__":
         jax.distributed.initialize(f"localhost:{arguments[1]}", 2, int(arguments[2]))
     if what == "numbers":
         result = numbers(*on_devices(jax.device_count()))
+    elif what == "derived":
+        result = {name: derived(*placed) for name, *placed in layouts("few") if name == "Explicit, both"}
     elif what == "unequal":
         result = unequal()
     elif what == "go on":

@@ -83,6 +83,11 @@ def test_all_layouts_give_what_one_device_gives(tmp_path):
         same(found["one device"], layout)
 
 
+@pytest.mark.slow
+def test_an_analysis_on_four_devices_is_that_of_a_process_of_one(on_a_mesh, x64):
+    same(on_a_mesh.derived(*on_a_mesh.problem()), result(start("derived", 4))["Explicit, both"])
+
+
 def test_two_processes_of_two_devices_give_what_one_process_gives(on_four, tmp_path):
     same(on_four["one device"], of_two_processes("numbers", 2, tmp_path))
 
