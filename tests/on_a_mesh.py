@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.collectives import collectives
-from jaxnet import contract, curvature, learning_rate, losses, nn, per_example, training
+from jaxnet import contract, curvature, learning_rate, losses, nn, training
 
 KEY = jax.random.key
 MODEL = nn.mlp([8, 4], activation=jnp.tanh)
@@ -30,7 +30,6 @@ def numbers(params, batch):
     run = lambda size, **how: training.fit(
         LOSS, params, batch, optax.sgd, learning_rate=0.1, batch_size=size, num_epochs=2, key=KEY(2), **how
     )
-    noise = per_example.noise_scale(LOSS, params, batch)
     curved = learning_rate.noisy_curvature(LOSS, params, batch, key=KEY(3), num_probes=2)
     runs = {"full batch": run(None), "mini-batch": run(8, num_shards=4)}
     weights = lambda tree: [float((x * x).sum()) for x in jax.tree.leaves(tree)]
@@ -38,7 +37,6 @@ def numbers(params, batch):
         "sharpness": [float(x) for x in (found.value, found.upper_bound)],
         "spent": [int(found.num_matvecs), bool(found.converged)],
         "curvature": [float(x) for x in jax.tree.leaves(curved)],
-        "noise": [float(x) for x in (noise.value, noise.standard_error)],
         **{name: [*map(float, one.history.loss), *weights(one.state.params)] for name, one in runs.items()},
     }
 
@@ -160,7 +158,7 @@ def all_layouts(which, folder):
     break_off(folder, *found["Explicit, data"])
     return {
         "one device": numbers(*problem()),
-        "layouts": {name: numbers(*placed) for name, placed in found.items()},
+        "layouts": {name: numbers(*found[name]) for name in found if which == "all" or name != "Explicit, data"},
         "gathers": {name: gathers(*found[name]) for name in found if name != "Explicit, data"},
         "sent": sent(*found["Explicit, data"]),
         "error": refused(*found["Explicit, data"]),
