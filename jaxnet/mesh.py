@@ -13,10 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard, use_abstract_mesh
 
 from jaxnet import contract
+
+try:
+    from jax.experimental.shard_alike import shard_alike
+except ImportError:  # JAX 0.12 has none
+    shard_alike = None
 
 __all__ = ["automatic", "check_together", "keep_pace", "laid_out_like", "on_automatic_axes", "on_explicit_axes"]
 
@@ -61,7 +65,7 @@ def on_automatic_axes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def laid_out_like(like: Any, tree: Any) -> Any:
     """The same tree, in a compiled program whose leaves the compiler is to lay out as those of ``like``."""
-    if jax.device_count() == 1:
+    if jax.device_count() == 1 or shard_alike is None:
         return tree
     tracers = lambda *xs: all(isinstance(x, jax.core.Tracer) for x in xs)
     return jax.tree.map(lambda p, x: shard_alike(p, x)[1] if tracers(p, x) else x, like, tree)

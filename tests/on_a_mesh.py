@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.collectives import collectives
 from jaxnet import contract, curvature, learning_rate, losses, nn, training
+from jaxnet.mesh import automatic
 
 KEY = jax.random.key
 MODEL = nn.mlp([8, 4], activation=jnp.tanh)
@@ -160,7 +161,7 @@ def all_layouts(which, folder):
         "one device": numbers(*problem()),
         "layouts": {name: numbers(*found[name]) for name in found if which == "all" or name != "Explicit, data"},
         "gathers": {name: gathers(*found[name]) for name in found if name != "Explicit, data"},
-        "sent": sent(*found["Explicit, data"]),
+        "sent": sent(*automatic(found["Explicit, data"])),
         "error": refused(*found["Explicit, data"]),
     }
 
