@@ -20,7 +20,7 @@ from jaxnet import contract
 try:
     from jax.experimental.shard_alike import shard_alike
 except ImportError:  # JAX 0.12 has none
-    shard_alike = None
+    shard_alike = None  # type: ignore[assignment]
 
 __all__ = ["automatic", "check_together", "keep_pace", "laid_out_like", "on_automatic_axes", "on_explicit_axes"]
 

@@ -63,7 +63,8 @@ def test_two_processes_leave_the_record_of_one_and_the_first_writes_it(tmp_path)
         assert process.returncode == 0, errors
     assert not (tmp_path / "1").exists()
     alone = start(tmp_path / "alone")
-    assert alone.wait(600) == 0, alone.communicate()[1]
+    _, errors = alone.communicate(timeout=600)
+    assert alone.returncode == 0, errors
     together, by_one = (
         numbers(json.loads((tmp_path / name / "record.json").read_text())["measurements"]) for name in ("0", "alone")
     )
