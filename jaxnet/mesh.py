@@ -7,16 +7,22 @@ out: `on_automatic_axes` is the one place that knows the difference.
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.experimental.shard_alike import shard_alike
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard, use_abstract_mesh
 
 from jaxnet import contract
 
-__all__ = ["automatic", "check_together", "laid_out_like", "on_automatic_axes", "on_explicit_axes"]
+try:
+    from jax.experimental.shard_alike import shard_alike
+except ImportError:  # JAX 0.12 has none
+    shard_alike = None  # type: ignore[assignment]
+
+__all__ = ["automatic", "check_together", "keep_pace", "laid_out_like", "on_automatic_axes", "on_explicit_axes"]
 
 
 def __dir__() -> list[str]:
@@ -59,28 +65,60 @@ def on_automatic_axes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def laid_out_like(like: Any, tree: Any) -> Any:
     """The same tree, in a compiled program whose leaves the compiler is to lay out as those of ``like``."""
-    if jax.device_count() == 1:
+    if jax.device_count() == 1 or shard_alike is None:
         return tree
     tracers = lambda *xs: all(isinstance(x, jax.core.Tracer) for x in xs)
     return jax.tree.map(lambda p, x: shard_alike(p, x)[1] if tracers(p, x) else x, like, tree)
 
 
+def keep_pace(results: Any) -> Any:
+    """The same results, for which a loop on the host waits where it could run too far ahead of several devices.
+
+    With dozens of programs under way that send to one another, XLA on CPUs (jaxlib 0.10) has no thread left for the one
+    that the others wait for, and stands still.
+    """
+    ahead = jax.device_count() > 1 and jax.default_backend() == "cpu"
+    return jax.block_until_ready(results) if ahead else results
+
+
 def check_together(**trees: Any) -> None:
     """Raise unless all arrays that were put on devices were put on the same ones, a mesh's or one.
 
+    And unless those that several processes share have the same shapes in each of them.
+
     Raises:
-      UserError: they were not.
+      UserError: they were not, or have not.
     """
     found: dict[Any, str] = {}
+    shared = {}
     for path, x in jax.tree_util.tree_leaves_with_path(trees):
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed:
-            devices = frozenset(map(str, x.sharding.device_set))
-            found.setdefault(devices, f"{path[0].key}{jax.tree_util.keystr(path[1:])}")
+            devices, name = frozenset(map(str, x.sharding.device_set)), f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
+            found.setdefault(devices, name)
+            if not x.is_fully_addressable:
+                shared[name] = f"{x.dtype}{list(x.shape)}"
     if len(found) > 1:
         lists = "; ".join(f"{name} on {', '.join(sorted(devices))}" for devices, name in found.items())
         raise contract.UserError(
             f"devices: expected all arrays on the devices of one mesh, got {lists}; put each there by jax.device_put, "
             "with NamedSharding(mesh, PartitionSpec()) for what every device holds"
+        )
+    if shared and not _tracing([]):
+        _check_in_each_process(shared)
+
+
+def _check_in_each_process(shared: dict[str, str]) -> None:
+    """JAX takes each process's word for the shape of a whole array: programs of several shapes would meet unnoticed."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    digest = hashlib.blake2b(repr(shared).encode(), digest_size=8).digest()
+    of_all = process_allgather(np.frombuffer(digest, np.uint32))
+    others = np.flatnonzero((of_all != of_all[jax.process_index()]).any(axis=1))
+    if others.size:
+        own = ", ".join(f"{name} {shape}" for name, shape in shared.items())
+        raise contract.UserError(
+            f"devices: expected arrays of the same shapes in every process, got others in process {others[0]} than in "
+            f"process {jax.process_index()}, which has {own}; give each process as many of the examples"
         )
 
 

@@ -27,7 +27,7 @@ ROOMS = ["jaxnet", *(f"jaxnet.{room}" for floor in FLOORS[1:-1] for room in sort
 # Inside the laboratory too an arrow points down.
 LAB = [
     {"record", "_compiled", "_folders"},
-    {"_own", "_landscapes"},
+    {"_devices", "_own", "_landscapes"},
     {"_task", "_panels"},
     {"plots", "_runs", "_processes", "_resumed", "_terminal"},
     {"_page"},

@@ -23,7 +23,7 @@ from jax import lax
 from jaxnet import contract
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.dataset._content import Content
-from jaxnet.mesh import automatic, on_automatic_axes, on_explicit_axes
+from jaxnet.mesh import automatic, keep_pace, on_automatic_axes, on_explicit_axes
 
 __all__ = [
     "Stream",
@@ -252,7 +252,7 @@ def _over_stream(function: Callable[..., Any], data: Stream, given: Any, *, weig
         num = contract.num_examples(batch)
         part, sums = _compiled(function, batch, given)
         weight = num if weighted else 1
-        summed = _scaled(sums, weight) if summed is None else _added(summed, sums, weight)
+        summed = keep_pace(_scaled(sums, weight) if summed is None else _added(summed, sums, weight))
         entries.append(part)
         n += num
         content.add(batch)  # while the device works

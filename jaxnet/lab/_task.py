@@ -1,6 +1,7 @@
 """A task from words: data, network and criterion, put together as one loss with its params."""
 
 import dataclasses
+import hashlib
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -9,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxnet import contract, data, losses, nn
 from jaxnet.contract import Array, Loss, UserError
+from jaxnet.lab._devices import on_devices, shared
 from jaxnet.lab._own import of_ones_own
 from jaxnet.learning_rate import Analysis
 from jaxnet.losses import Apply
@@ -167,6 +168,7 @@ class Task:
       labelled: whether the targets are classes, so that `accuracy` means something.
       title: what it is.
       rows: of the job's table: what was taken from the data, as what.
+      digest: of the examples: a file may have changed while a job lay still.
     """
 
     loss: Loss
@@ -177,6 +179,7 @@ class Task:
     labelled: bool
     title: str
     rows: list[tuple[str, Any, str]]
+    digest: str
 
     @property
     def num_params(self) -> int:
@@ -205,7 +208,11 @@ def make_task(config: TaskConfig, *, key: Array) -> Task:
     """
     if config.loss or config.params or config.batch:
         loss, params, batch = of_ones_own(loss=config.loss, params=config.params, batch=config.batch)
-        return Task(loss, None, params, batch, None, False, str(config.loss), [])
+        digest, rows = _digest(batch), []
+        if shared(config.devices):
+            params, batch, _, row = on_devices(config.devices, params, batch, None)
+            rows.append(row)
+        return Task(loss, None, params, batch, None, False, str(config.loss), rows, digest)
     known("model", config.model, MODELS)
     activation = ACTIVATIONS[known("activation", config.activation, ACTIVATIONS)]
     known("criterion", config.criterion, ("auto", *CRITERIA))
@@ -222,28 +229,20 @@ def make_task(config: TaskConfig, *, key: Array) -> Task:
     shapes = jax.eval_shape(lambda key: network.init(key, train[0].shape[1:]), init_key)
     check_count("widths: the network's parameters", sum(x.size for x in jax.tree.leaves(shapes)), highest=MOST_PARAMS)
     params = network.init(init_key, train[0].shape[1:])
-    if config.devices is not None or jax.process_count() > 1:
-        params, train, test, row = _on_devices(config.devices, params, train, test)
+    digest = _digest((train, test))
+    if shared(config.devices):
+        params, train, test, row = on_devices(config.devices, params, train, test)
         rows.append(row)
     name = pathlib.Path(config.data).name
     title = f"{name}, {config.model}, {reading.criterion.replace('_', ' ')}"
     rows.append(("outputs", reading.num_outputs or 1, reading.remark))
-    return Task(loss, network.apply, params, train, test, reading.labelled, title, rows)
+    return Task(loss, network.apply, params, train, test, reading.labelled, title, rows, digest)
 
 
-def _on_devices(num: int | None, params: Any, train: Any, test: Any) -> tuple[Any, Any, Any, tuple[str, Any, str]]:
-    """Everything on a mesh, the examples to train on in as many equal parts; the last line is for the job's table."""
-    devices = jax.devices()[:num]
-    num, length = len(devices), len(train[1])
-    if length < num:
-        raise UserError(f"devices: expected no more than {length}, the number of examples to train on, got {num}")
-    mesh = jax.make_mesh((num,), ("examples",), axis_types=(AxisType.Auto,), devices=devices)
-    put = lambda tree, *spec: jax.device_put(jax.tree.map(np.asarray, tree), NamedSharding(mesh, PartitionSpec(*spec)))
-    left = length % num
-    remark = f"of kind {devices[0].platform}, each with {length // num} of the examples"
-    remark += f"; {left} are left out, so that all have as many" if left else ""
-    train = put(jax.tree.map(lambda x: x[: length - left], train), "examples")
-    return put(params), train, None if test is None else put(test), ("devices", num, remark)
+def _digest(examples: Any) -> str:
+    """Of examples in this process, before they are parted among several."""
+    leaves = jax.tree.leaves(examples)
+    return hashlib.blake2b(b"".join(np.asarray(x).tobytes() for x in leaves), digest_size=16).hexdigest()
 
 
 Pair = tuple[Array, np.ndarray]

@@ -13,7 +13,7 @@ import optax
 from jaxnet import contract, curvature, learning_rate
 from jaxnet.contract import Array, check_batch_size
 from jaxnet.lab import _panels, _runs, record
-from jaxnet.lab._resumed import as_read, check_same_job, digest
+from jaxnet.lab._resumed import as_read, check_same_job
 from jaxnet.lab._task import (
     OnStage,
     Task,
@@ -130,7 +130,7 @@ def _analysed(config: AnalyseConfig, task: Task, key: Array) -> Record:
         config=dataclasses.asdict(config),
         seed=config.seed,
         dtype=str(jnp.result_type(*jax.tree.leaves(task.params))),
-        measurements={**analysis.to_dict(), "runs": [], "data": digest(task)},
+        measurements={**analysis.to_dict(), "runs": [], "data": task.digest},
         rows=[*task.rows, *_of_targets(task), *analysis.rows(), *_of_own_rate(config, analysis)],
         panels=_panels.of_analysis(analysis),
         answer=answer(config.optimizer, config.batch_size, analysis),

@@ -15,7 +15,7 @@ import optax
 from jaxnet import learning_rate, losses, training
 from jaxnet.contract import Array, check_batch_size
 from jaxnet.lab import _panels, record
-from jaxnet.lab._resumed import as_read, check_same_job, digest
+from jaxnet.lab._resumed import as_read, check_same_job
 from jaxnet.lab._task import OnStage, Task, TaskConfig, check_count, check_own_rate, keys_of, known, make_task, rate_of
 from jaxnet.lab.analyse import OPTIMIZERS, answer
 from jaxnet.lab.record import Record
@@ -103,7 +103,7 @@ def _with_rate(config: TrainConfig, task: Task, key: Array) -> Record:
         config=dataclasses.asdict(config),
         seed=config.seed,
         dtype=str(jnp.result_type(*jax.tree.leaves(task.params))),
-        measurements={**found, "rate": rate, "limit": limit, "why": why, "data": digest(task)},
+        measurements={**found, "rate": rate, "limit": limit, "why": why, "data": task.digest},
         rows=[*task.rows, *rows],
         answer=words,
     )

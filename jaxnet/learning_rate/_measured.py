@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer
 from jaxnet.curvature import Space
+from jaxnet.mesh import keep_pace
 from jaxnet.training import TrainState, ValueFn, with_extra_args, with_rate
 
 # The oscillation's growth is taken from so many moves: what negative curvature makes of rounding errors stays small.
@@ -175,7 +176,7 @@ class _Walks:
             updates, state = _update(
                 self.make_optimizer, self.loss, rate, self.params, self.batch, d, tilt, value, gradient, state
             )
-            yield d, value, updates
+            yield d, value, keep_pace(updates)
             d = d if stay else _moved(d, updates)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnet import dataset
+from jaxnet.mesh import keep_pace
 
 State = TypeVar("State")
 
@@ -55,5 +56,5 @@ def trajectory(
     seen = []
     for batch in batches:
         state, observed = step(state, batch)
-        seen.append(observed)
+        seen.append(keep_pace(observed))
     return state, jax.tree.map(lambda *parts: jnp.stack(parts), *seen)

@@ -38,12 +38,14 @@ def folder(tmp_path, monkeypatch):
 
 def test_it_is_analysed_like_any_other(folder):
     arguments = "--loss ones_own:Net.loss --params ones_own:params --batch ones_own:batch --num-epochs 2 --batch-size 8"
+    arguments += " --devices 1"
     assert cli.run(["analyse", *arguments.split(), "--out", "out"]) == 0
     found = json.loads((folder / "out" / "record.json").read_text())
     module = sys.modules["ones_own"]
     expected = curvature.sharpness(module.Net.loss, module.params(), module.batch, key=jax.random.key(1)).value
     np.testing.assert_allclose(found["measurements"]["sharpness"]["value"], expected, rtol=2e-3)
     assert found["measurements"]["num_examples"] == 40
+    assert found["rows"][0][:2] == ["devices", 1]
     assert "" not in sys.path
 
 
