@@ -79,7 +79,8 @@ def test_where_all_examples_are_followed_it_is_exact(name, size, x64):
     alternating = {"sgd": 1, "momentum": 1 / 1.9, "adam": 0.1 / 1.9}[name]
     exchange = float(found.derived.largest[0]) / 2 - alternating * gauss_newton[-1] / 2
     low, high = (1 / (1 / float(end) - exchange) for end in found.bracket(size))
-    assert high < low * 1.08**2 * (1.3 if size == 1 else 1.05)
+    # The share of the trace that is followed, here all, is estimated by a few random probes.
+    assert high < low * 1.08**2 * 1.3
     at = functools.partial(
         growth, blocks(params, batch), response, share, 0.0 if name == "sgd" else 0.9, name == "adam"
     )
