@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxnet.curvature import Eigenpairs, Landscape, Sharpness, SpectralDensity, Track, TrackObserver
 from jaxnet.lab._landscapes import of_densities, of_density, of_landscape
-from jaxnet.lab.record import Line, Panel, Record, Series
+from jaxnet.lab.record import Line, Panel, Record, Series, slug
 from jaxnet.learning_rate import (
     Analysis,
     CriticalSharpness,
@@ -257,14 +257,14 @@ def of_fit(found: FitResult) -> list[Panel]:
         _losses("loss_against_step", f"Loss before each of {steps.size} steps", "step", [each]),
     ]
     names = {**history.metrics, **{name: None for name in history.validation if name != "loss"}}
-    for number, name in enumerate(names):
+    for name in names:
         parts = (("training", history.metrics, "line-points"), ("validation", history.validation, "dashed"))
         series = [
             Series(f"{words}, after the epoch", history.epoch, values[name], style, colour)
             for colour, (words, values, style) in enumerate(parts)
             if name in values and not (name == "loss" and words == "validation")
         ]
-        panels.append(Panel(f"metric_{number}", f"Metric: {name}", "epoch", name, series))
+        panels.append(Panel(slug("metric", name), f"Metric: {name}", "epoch", name, series))
     return panels
 
 
