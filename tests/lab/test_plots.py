@@ -325,9 +325,10 @@ def test_record():
 ROOMS = (curvature, learning_rate, per_example, training)
 # Results, and what else is a class, of which no figure would tell anything.
 REFUSED = {
-    "Best", "Checkpoints", "ClippedGrad", "Clipping", "Differences", "Eigensolver", "Estimate", "FitProgress", "History", "JsonLines", "Leading",
-    "LinearOperator", "NoiseAverage", "NoisyCurvature", "OnlineSharpness", "Solution", "TensorBoard",
-    "PerExampleGradients", "ScaleBySharpnessState", "Space", "StopRule", "Stopped", "Tracker", "TrainState", "ValueFn", "WithNoiseScaleState",
+    "Best", "Checkpoints", "ClippedGrad", "Clipping", "Differences", "Eigensolver", "Estimate", "FitProgress",
+    "History", "JsonLines", "Leading", "LinearOperator", "NoiseAverage", "NoisyCurvature", "OnlineSharpness",
+    "PerExampleGradients", "ScaleBySharpnessState", "Solution", "Space", "StopRule", "Stopped", "TensorBoard",
+    "Tracker", "TrainState", "ValueFn", "WithNoiseScaleState",
 }  # fmt: skip
 DRAWN = {
     "Analysis", "CriticalSharpness", "Eigenpairs", "FitResult", "Landscape", "MeasuredSgdStability",
