@@ -31,12 +31,18 @@ def named(name):
     return next(script for script in EXAMPLES if script.name == name)
 
 
-@pytest.mark.parametrize(
-    "script", [s for s in EXAMPLES if s.name not in ("lecture.py", "equinox_language_model.py")], ids=lambda s: s.name
-)
+def scripts():
+    """Those of one network; of libraries that are alike, one at each run."""
+    for script in EXAMPLES:
+        if script.name not in ("lecture.py", "equinox_language_model.py"):
+            slow = script.name in ("flax_linen.py", "haiku_model.py", "your_csv.py")
+            yield pytest.param(script, id=script.name, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize("script", list(scripts()))
 def test_the_rate_is_one_over_lambda_and_training_at_it_lowers_the_loss(script, tmp_path):
     text = run(script, folder=tmp_path)
-    sharpness, rate = numbers(r"^λ_max +#", text)[0], numbers(r"^1/λ_max +#", text)[0]
+    sharpness, rate = numbers(r"^λ_max +#", text)[0], numbers(r"1/λ_max +(?:= )?#", text)[0]
     np.testing.assert_allclose(sharpness * rate, 1, rtol=1e-3)
     for before, after in numbers(r"^loss.* # to #", text):
         assert after < before / 3
@@ -48,6 +54,7 @@ def test_another_librarys_script_is_short(name):
     assert len(named(name).read_text().splitlines()) <= 60
 
 
+@pytest.mark.slow
 def test_a_table_of_ones_own(tmp_path):
     rng = np.random.default_rng(0)
     a, b = rng.normal(50, 20, 200), rng.normal(0, 0.01, 200)
@@ -59,6 +66,7 @@ def test_a_table_of_ones_own(tmp_path):
     assert numbers("variance explained on the test rows: #%", text) > 90
 
 
+@pytest.mark.slow
 def test_the_lecture_tells_the_truth_and_draws(tmp_path):
     text = run(named("lecture.py"), "figures", folder=tmp_path)
     assert "hidden: 0.13 0.96 0.40  output: 0.35 0.85" in text

@@ -192,6 +192,7 @@ def test_bad_files(words, text, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_file_of_ones_own_in_double_precision(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 3))
@@ -210,6 +211,7 @@ def test_a_file_of_ones_own_in_double_precision(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_rate_that_diverges_says_where_and_keeps_its_history(tmp_path):
     out = tmp_path / "out"
     done = jaxnet("analyse", *SMALL[:4], "--num-epochs", 60, "--learning-rate", 1e4, "--out", out)
@@ -221,6 +223,7 @@ def test_a_rate_that_diverges_says_where_and_keeps_its_history(tmp_path):
     assert "diverged" in done.stdout
 
 
+@pytest.mark.slow
 def test_kinks_are_measured_in_double_precision(tmp_path):
     path = tmp_path / "a.csv"
     rng = np.random.default_rng(0)

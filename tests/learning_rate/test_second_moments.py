@@ -59,8 +59,7 @@ def growth(examples, response, share, beta, averaged, rate):
     return np.exp(np.log(factors[-500:]).mean())
 
 
-@pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize(("name", "size"), [("sgd", 1), ("sgd", 4), ("momentum", 4), ("adam", 1)])
 def test_where_all_examples_are_followed_it_is_exact(name, size, x64):
     """Thirty examples of rank one: nothing is left out, and the ends are the limit less and more the margin."""
     make = {"sgd": optax.sgd, "momentum": functools.partial(optax.sgd, momentum=0.9), "adam": optax.adam}[name]

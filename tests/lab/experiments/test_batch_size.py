@@ -3,6 +3,8 @@ import pytest
 
 from jaxnet.lab.experiments import batch_size
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found():

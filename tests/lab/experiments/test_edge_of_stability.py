@@ -7,6 +7,8 @@ from jax.flatten_util import ravel_pytree
 from jaxnet import losses, nn
 from jaxnet.lab.experiments import edge_of_stability
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"num_examples": 200, "width": 24}
 
 

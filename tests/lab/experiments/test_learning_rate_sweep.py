@@ -2,6 +2,8 @@ import pytest
 
 from jaxnet.lab.experiments import learning_rate_sweep
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"num_examples": 24, "widths": (8,), "problems": ("two Gaussians", "digits, MLP"), "batch_sizes": (1, 4)}
 
 

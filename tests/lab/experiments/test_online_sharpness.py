@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxnet.lab.experiments import online_sharpness
 
@@ -16,6 +17,7 @@ def batch_of(factors):
     return factors, jnp.zeros(len(factors))
 
 
+@pytest.mark.slow
 def test_every_claim_holds():
     found = online_sharpness.run(seed=1, num_examples=500, width=4, num_runs=8, budget=30_000, num_steps=120)
     assert [claim.name for claim in found.claims if not claim.passed] == []
