@@ -48,7 +48,7 @@ def on_automatic_axes(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        leaves, structure = jax.tree.flatten((args, kwargs))
+        leaves = jax.tree.leaves((args, kwargs))
         if not _explicit_meshes(leaves):
             return function(*args, **kwargs)
         if _tracing(leaves):
@@ -90,11 +90,10 @@ def check_together(**trees: Any) -> None:
       UserError: they were not, or have not.
     """
     found: dict[Any, str] = {}
-    shared = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(trees):
+    shared: dict[str, str] = {}
+    for name, x in [leaf for argument, tree in trees.items() for leaf in contract.called(argument, tree)]:
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed:
-            devices, name = frozenset(map(str, x.sharding.device_set)), f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
-            found.setdefault(devices, name)
+            found.setdefault(frozenset(map(str, x.sharding.device_set)), name)
             if not x.is_fully_addressable:
                 shared[name] = f"{x.dtype}{list(x.shape)}"
     if len(found) > 1:

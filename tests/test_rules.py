@@ -145,7 +145,8 @@ BEYOND = {
         dataset.while_loop
         dataset.with_rows""",
     "of numbers alone": """
-        learning_rate.for_batch_size learning_rate.maximal learning_rate.optimal per_example.noise_average""",
+        learning_rate.for_batch_size learning_rate.linear_to_zero learning_rate.maximal learning_rate.optimal
+        per_example.noise_average""",
     "the loss is taken whole, so that it may couple its examples; trees are made within": """
         curvature.by_derivatives curvature.forward_over_reverse curvature.reverse_over_reverse curvature.pushforward
         curvature.unflattened curvature.filter_normalised

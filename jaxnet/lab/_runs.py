@@ -12,6 +12,8 @@ from jaxnet.lab import record
 from jaxnet.lab._task import Task
 from jaxnet.lab.record import Line, Panel, Record, Series
 
+# Optimizers without second moments, whose limit is a multiple of 1/λ_max from the first step on.
+PLAIN = ("sgd", "momentum", "nesterov")
 # Rates of the sweep that a run is held against, in units of its own.
 OCTAVES = 2.0 ** np.arange(-4, 4)
 
@@ -129,19 +131,18 @@ def with_run(found: Record, run: Run, sampled: int, limit: float) -> Record:
     runs = [*(Run(**arrays(values)) for values in before), run]
     optimizer = found.config["optimizer"]
     panels = [_loss_panel(runs), _sweep_panel(runs, optimizer)]
-    if optimizer in ("sgd", "momentum", "nesterov"):
+    if optimizer in PLAIN:
         sampling = "the full batch" if sampled == found.measurements["num_examples"] else f"{sampled} examples"
         panels.append(_sharpness_panel(runs, limit, found.measurements["optimizer"], sampling))
     drawn = {panel.name for panel in panels}
+    told = [_held_against_sweep(run)] if run.batch_size == found.config["batch_size"] else []
     return dataclasses.replace(
         found,
         measurements={**found.measurements, "runs": [*before, dataclasses.asdict(run)]},
         rows=[*found.rows, *rows],
         claims=[*found.claims, claim],
         panels=[*(panel for panel in found.panels if panel.name not in drawn), *panels],
-        answer=[*found.answer, _held_against_sweep(run)]
-        if run.batch_size == found.config["batch_size"]
-        else found.answer,
+        answer=[*found.answer, *told],
     )
 
 

@@ -108,7 +108,7 @@ def stages(
         )
 
     # With second moments there is no limit before they have seen gradients, and gradient descent's is another's.
-    if config.optimizer in ("sgd", "momentum", "nesterov") and "ladder" not in found.measurements:
+    if config.optimizer in _runs.PLAIN and "ladder" not in found.measurements:
         on_stage("ladder of rates", 0.86)
         yield _with_ladder(found, task, keys[3:])
     on_stage("done", 1.0)

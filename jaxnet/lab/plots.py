@@ -146,14 +146,18 @@ def _draw_panel(panel: Panel, axes: "Axes") -> None:
 
 
 def _coincide(panel: Panel, one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> bool:
-    """Whether two curves lie on one another, to a hundredth of what all of them span, in half of their points."""
+    """Whether two curves lie on one another, to a hundredth of what both span, in half of the first one's points."""
     if one[0].shape != other[0].shape or not np.array_equal(one[0], other[0]):
         return False
-    scaled = lambda y: np.log(np.where(y > 0, y, np.nan)) if panel.yscale == "log" else np.asarray(y, float)
-    with np.errstate(invalid="ignore"):
-        spread = np.ptp(np.concatenate([y[np.isfinite(y)] for y in map(scaled, (one[1], other[1]))] or [np.zeros(1)]))
-        near = np.abs(scaled(one[1]) - scaled(other[1])) <= 0.01 * spread
-    return bool(2 * near.sum() >= np.isfinite(one[1]).sum())
+    both = np.array([one[1], other[1]], float)
+    both[~np.isfinite(both)] = np.nan
+    if panel.yscale == "log":
+        both = np.log(both, where=both > 0, out=np.full_like(both, np.nan))
+    shown = np.isfinite(both)
+    if not shown.any(axis=1).all():
+        return False
+    near = np.abs(both[0] - both[1]) <= 0.01 * (np.nanmax(both) - np.nanmin(both))
+    return bool(2 * near.sum() >= shown[0].sum())
 
 
 def _beside(below: int) -> tuple[int, tuple[int, int]]:

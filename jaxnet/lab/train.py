@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxnet import learning_rate, losses, training
 from jaxnet.contract import Array, check_batch_size
@@ -112,11 +111,7 @@ def _with_rate(config: TrainConfig, task: Task, key: Array) -> Record:
 def _schedule(config: TrainConfig, found: Record, num_steps: int) -> Any:
     """The rate, as `jaxnet.training.fit` takes it."""
     rate, limit = float(found.measurements["rate"]), float(found.measurements["limit"])
-    if config.schedule == "constant":
-        return rate
-    rising = max(1, num_steps // 10) if rate > limit else 0
-    parts = optax.linear_schedule(0.0, rate, rising), optax.linear_schedule(rate, 0.0, num_steps - rising)
-    return optax.join_schedules(parts, [rising])
+    return rate if config.schedule == "constant" else learning_rate.linear_to_zero(rate, num_steps, limit=limit)
 
 
 def _fit(

@@ -15,7 +15,7 @@ from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss, MakeOptimizer, UserError, check_batch_size
 from jaxnet.curvature import Sharpness, sharpness
 from jaxnet.learning_rate._derived import DerivedRates, derive, three_keys
-from jaxnet.learning_rate._rates import NoisyCurvature, maximal, of_gradients, optimal
+from jaxnet.learning_rate._rates import NoisyCurvature, linear_to_zero, maximal, of_gradients, optimal
 from jaxnet.per_example import NoiseScale, check_independent, gradients
 
 
@@ -134,10 +134,7 @@ class Analysis:
         return jnp.exp(at(jnp.log(jnp.asarray(values)))) if logs else at(jnp.asarray(values))
 
     def schedule(self, batch_size: int | None, num_steps: int) -> optax.Schedule:
-        """A schedule for a run of so many steps: from `rate` down to 0 in a straight line.
-
-        Where the rate is above the limit of stability here, it is led up from 0 first, over a tenth of the steps: the
-        landscape has to flatten before it bears the rate.
+        """A schedule for a run of so many steps: from `rate` down to 0, by `linear_to_zero` with the limit here.
 
         Args:
           batch_size: B, or None for the full batch.
@@ -147,16 +144,10 @@ class Analysis:
           ValueError: as `limit`; or there are no steps.
           UserError: no rate follows.
         """
-        if num_steps < 1:
-            raise ValueError(f"num_steps: expected 1 or more, got {num_steps}")
         peak = float(self.rate(batch_size))
         if not peak > 0:
             raise UserError(self.reason(batch_size))
-        if not peak > float(self.limit(batch_size)):
-            return optax.linear_schedule(peak, 0.0, num_steps)
-        rising = max(1, num_steps // 10)
-        parts = optax.linear_schedule(0.0, peak, rising), optax.linear_schedule(peak, 0.0, num_steps - rising)
-        return optax.join_schedules(parts, [rising])
+        return linear_to_zero(peak, num_steps, limit=float(self.limit(batch_size)))
 
     def reason(self, batch_size: int | None) -> str:
         """Why `rate` recommends what it does, in words."""

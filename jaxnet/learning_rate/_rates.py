@@ -70,6 +70,29 @@ def _inverse(curvature: Array) -> Array:
 
 
 @contract.takes_loss
+def linear_to_zero(peak: float, num_steps: int, *, limit: float = float("inf")) -> optax.Schedule:
+    """A schedule for a run of so many steps: from a peak down to 0 in a straight line.
+
+    Where the peak is above the limit of stability at the start, it is led up from 0 first, over a tenth of the steps:
+    the landscape has to flatten before it bears the rate.
+
+    Args:
+      peak: the rate.
+      num_steps: of the run.
+      limit: the largest rate that is stable at the start; where it is not known, NaN or infinity.
+
+    Raises:
+      ValueError: there are no steps.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps: expected 1 or more, got {num_steps}")
+    if not peak > limit:
+        return optax.linear_schedule(peak, 0.0, num_steps)
+    rising = max(1, num_steps // 10)
+    parts = optax.linear_schedule(0.0, peak, rising), optax.linear_schedule(peak, 0.0, num_steps - rising)
+    return optax.join_schedules(parts, [rising])
+
+
 def greedy(loss: Loss, params: ArrayTree, batch: Any) -> Array:
     """η = g·g / g·Hg, which minimises the quadratic model of the loss along its own gradient g.
 

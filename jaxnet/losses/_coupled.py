@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.losses._rounded import rounding
 
 # Sets of examples on which a loss is tried, and how many there are in one.
 _DRAWS, _ROWS = 4, 32
@@ -38,9 +39,7 @@ def check_mean(loss: Loss, params: ArrayTree, batch: ArrayTree, key: Array | Non
     rng = np.random.default_rng(0 if key is None else np.asarray(jax.random.key_data(key)))
     rows = [rng.choice(n, size, replace=False) for _ in range(_DRAWS)]
     # A loss of `mixed_precision` rounds by itself, each example and the whole in another way.
-    rounded = getattr(loss, "dtype", getattr(getattr(loss, "apply", None), "dtype", None))
-    tolerance = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps) ** 0.5
-    tolerance = max(tolerance, float(jnp.finfo(rounded).eps)) if rounded is not None else tolerance
+    tolerance = max(float(jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps) ** 0.5, rounding(loss))
     remedy = (
         "are its examples coupled, as by batch normalisation in training mode, or is it a sum? Use running statistics, "
         "or a normalisation within each example, and the mean over the batch"

@@ -1,7 +1,6 @@
 """The mean of a criterion over examples as a loss, whole, by chunks or in another precision."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from jaxnet import dataset
 from jaxnet.contract import Array, ArrayTree, Loss, hashable, num_examples, takes_loss
 from jaxnet.losses._coupled import check_mean
 from jaxnet.losses._criteria import Apply, Criterion
+from jaxnet.losses._rounded import Rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,22 +149,8 @@ def mixed_precision(loss: Loss, dtype: Any = jnp.bfloat16) -> Loss:
     if isinstance(loss, ChunkedLoss):
         return ChunkedLoss(mixed_precision(loss.loss, dtype), loss.size)
     if isinstance(loss, MeanLoss):
-        return MeanLoss(_Rounded(loss.apply, dtype), loss.criterion)
-    return _Rounded(loss, dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rounded:
-    """A function of params and data, computed in another precision; its result is in the params' own."""
-
-    function: Callable[..., Array]
-    dtype: Any
-
-    def __call__(self, params: ArrayTree, data: Any, **further: Any) -> Array:
-        own = jnp.result_type(*jax.tree.leaves(params))
-        cast = lambda x: x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        rounded = lambda tree: jax.tree.map(lambda x: cast(jnp.asarray(x)), tree)
-        return self.function(rounded(params), rounded(data), **further).astype(own)
+        return MeanLoss(Rounded(loss.apply, dtype), loss.criterion)
+    return Rounded(loss, dtype)
 
 
 def check_parts(loss: Loss, params: ArrayTree, data: Any) -> None:

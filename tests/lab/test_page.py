@@ -97,6 +97,15 @@ def test_curves_that_coincide_are_both_seen():
     assert "nothing" not in axes.get_legend_handles_labels()[1]
 
 
+def test_what_a_log_axis_cannot_show_does_not_end_a_figure():
+    from jaxnet.lab import plots
+
+    x = np.arange(4)
+    series = [Series(name, x, y) for name, y in (("a", -x - 1.0), ("b", -x - 1.0), ("c", x + 1.0), ("d", x + 1.0))]
+    *_, c, d = plots.draw([Panel("p", "", "", "", series, yscale="log")])["p"].axes[0].get_lines()
+    assert (c.get_linestyle(), d.get_linestyle()) == ("-", "--")
+
+
 def test_batch_sizes_stand_on_an_axis_of_octaves():
     from jaxnet.lab import plots
 
