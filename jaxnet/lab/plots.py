@@ -111,7 +111,9 @@ def _draw_panel(panel: Panel, axes: "Axes") -> None:
         below = sum(
             other.axis == line.axis and bool(np.isclose(other.value, line.value, 0.01)) for other in lines[:number]
         )
-        colour = "0.35" if line.colour is None else PALETTE[line.colour % len(PALETTE)]
+        # Of two greys on one another the dashes would look like those of a third.
+        own = below if line.colour is None and below else line.colour
+        colour = "0.35" if own is None else PALETTE[own % len(PALETTE)]
         dash = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))[number % 4] if line.colour is None else "--"
         (axes.axvline if line.axis == "x" else axes.axhline)(
             line.value, color=colour, linestyle=_beside(below) if below else dash, linewidth=1.1, label=line.label
