@@ -69,7 +69,6 @@ def _inverse(curvature: Array) -> Array:
     return jnp.where(curvature < 0, jnp.nan, 1 / jnp.abs(curvature))
 
 
-@contract.takes_loss
 def linear_to_zero(peak: float, num_steps: int, *, limit: float = float("inf")) -> optax.Schedule:
     """A schedule for a run of so many steps: from a peak down to 0 in a straight line.
 
@@ -93,6 +92,7 @@ def linear_to_zero(peak: float, num_steps: int, *, limit: float = float("inf")) 
     return optax.join_schedules(parts, [rising])
 
 
+@contract.takes_loss
 def greedy(loss: Loss, params: ArrayTree, batch: Any) -> Array:
     """η = g·g / g·Hg, which minimises the quadratic model of the loss along its own gradient g.
 

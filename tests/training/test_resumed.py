@@ -86,7 +86,7 @@ def check_the_same_end(folder, expected):
 
 @pytest.mark.parametrize(
     ("num_epochs", "delays"),
-    [(12, [0.0, 0.15]), pytest.param(80, np.random.default_rng(0).uniform(0, 0.3, 20), marks=pytest.mark.slow)],
+    [(12, [0.0, 0.15]), pytest.param(400, np.random.default_rng(0).uniform(0, 0.3, 20), marks=pytest.mark.slow)],
 )
 def test_a_run_that_is_killed_and_resumed_is_the_same_run(num_epochs, delays, tmp_path):
     expected = whole(tmp_path / "whole", num_epochs)
