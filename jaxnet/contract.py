@@ -75,12 +75,46 @@ def hashable(call: Function) -> Function:
     return call
 
 
+@dataclasses.dataclass(frozen=True)
+class _Once:
+    """A function of arrays that JAX traces once for arguments of one kind, however many programs call it."""
+
+    call: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _once(self.call, *args, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _once(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **kwargs)
+
+
+def traced_once(loss: Function) -> Function:
+    """The same loss, traced once for arguments of one kind: to trace a large network takes longer than to run it.
+
+    A frozen dataclass that holds a function in the field that its class names ``_WITHIN`` keeps its own kind.
+    """
+    within = getattr(type(loss), "_WITHIN", None)
+    if within:
+        return cast(Function, dataclasses.replace(loss, **{within: traced_once(getattr(loss, within))}))  # type: ignore[type-var]
+    return loss if isinstance(loss, _Once) else cast(Function, _Once(hashable(loss)))
+
+
+def as_written(loss: Function) -> Function:
+    """What `traced_once` was given."""
+    within = getattr(type(loss), "_WITHIN", None)
+    if within:
+        return cast(Function, dataclasses.replace(loss, **{within: as_written(getattr(loss, within))}))  # type: ignore[type-var]
+    return cast(Function, loss.call) if isinstance(loss, _Once) else loss
+
+
 def takes_loss(function: Function) -> Function:
-    """Of a function of a loss and more: one that takes a loss which cannot be hashed, too."""
+    """Of a function of a loss and more: one that traces the loss once, and takes one which cannot be hashed, too."""
 
     @functools.wraps(function)
     def call(loss: Loss, *args: Any, **kwargs: Any) -> Any:
-        return function(hashable(loss), *args, **kwargs)
+        return function(traced_once(loss), *args, **kwargs)
 
     return cast(Function, call)
 

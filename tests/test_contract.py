@@ -4,6 +4,7 @@ import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -164,6 +165,42 @@ def test_a_method_of_one_object_is_compiled_once():
     curvature.sharpness(counted.loss, params + 1, batch, key=KEY)
     assert len(traces) == before
     assert again <= 1
+
+
+@pytest.mark.parametrize(
+    "of", [lambda loss: loss, lambda loss: losses.chunked(loss, 2), losses.mixed_precision], ids=["", "chunked", "mixed"]
+)
+def test_a_loss_is_traced_once_for_arguments_of_one_kind_and_is_told_as_it_was_written(of):
+    traces = []
+
+    def apply(params, x):
+        traces.append(None)
+        return x @ params
+
+    params, batch = jnp.ones((3, 1)), (jnp.ones((4, 3)), jnp.ones((4, 1)))
+    mean = losses.mean_loss(apply, losses.squared_error)
+    for loss in (of(mean), of(lambda params, batch: losses.squared_error(apply(params, batch[0]), batch[1]).mean())):
+        traces.clear()
+        once = contract.traced_once(loss)
+        assert type(once) is type(loss) or not dataclasses.is_dataclass(loss)
+        assert contract.traced_once(once) == once == contract.traced_once(loss)
+        assert contract.as_written(once) == loss
+        expected = jax.grad(loss)(params, batch)
+        traces.clear()
+        for number in range(1, 4):
+            program = jax.jit(jax.grad(lambda p, n=number, once=once: n * once(p, batch)))
+            chex.assert_trees_all_close(program(params), number * expected, atol=1e-6)
+        assert len(traces) == 1
+
+
+def test_a_loss_that_is_called_by_itself_reads_what_it_reads_now():
+    scale = [1.0]
+    loss = losses.mean_loss(lambda params, x: scale[0] * (x @ params), losses.squared_error)
+    params, batch = jnp.ones((3, 1)), (jnp.ones((4, 3)), jnp.zeros((4, 1)))
+    before = loss(params, batch)
+    curvature.hessian(loss, params, batch) @ params
+    scale[0] = 2.0
+    np.testing.assert_allclose(loss(params, batch), 4 * before)
 
 
 def test_params_without_a_number_are_refused():

@@ -85,6 +85,7 @@ PAIRED = {
     "curvature.sharpness": [lambda t: curvature.sharpness(linear, PARAMS, BATCH, key=KEY, v0=t)],
     "curvature.overlap": [lambda t: curvature.overlap(curvature.eigsh(OP(), key=KEY), t)],
     "curvature.quadratic_form": [lambda t: curvature.quadratic_form(OP(), t)],
+    "curvature.quadratic_forms": [lambda t: curvature.quadratic_forms(OP(), t)],
     "curvature.landscape": [lambda t: curvature.landscape(linear, PARAMS, BATCH, t)],
     "learning_rate.critical_sharpness": [lambda t: learning_rate.critical_sharpness(linear, PARAMS, BATCH, t)],
 }  # fmt: skip

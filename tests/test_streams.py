@@ -155,6 +155,9 @@ TAKES = {
     "curvature.quadratic_form": lambda loss, params, batch: curvature.quadratic_form(
         curvature.hessian(loss, params, batch), params
     ),
+    "curvature.quadratic_forms": lambda loss, params, batch: curvature.quadratic_forms(
+        curvature.hessian(loss, params, batch), params
+    ),
     "curvature.landscape": lambda loss, params, batch: curvature.landscape(
         loss, params, batch, jax.tree.map(lambda x: jnp.stack([x, jnp.sin(x)]), params), num_points=4
     ),

@@ -4,7 +4,7 @@ from jaxnet.curvature._density import SpectralDensity, spectral_density
 from jaxnet.curvature._eigsh import eigsh, overlap
 from jaxnet.curvature._follow import LEADING, Leading, follow
 from jaxnet.curvature._gauss_newton import fisher, gauss_newton
-from jaxnet.curvature._hessian import hessian, quadratic_form
+from jaxnet.curvature._hessian import hessian, quadratic_form, quadratic_forms
 from jaxnet.curvature._landscape import Landscape, filter_normalised, landscape
 from jaxnet.curvature._layers import layer_sharpness
 from jaxnet.curvature._online import OnlineSharpness, online_sharpness
@@ -71,6 +71,7 @@ __all__ = [
     "precondition",
     "pushforward",
     "quadratic_form",
+    "quadratic_forms",
     "restrict",
     "reverse_over_reverse",
     "sharpness",

@@ -109,12 +109,43 @@ def quadratic_form(op: LinearOperator, v: ArrayTree) -> Array:
     if isinstance(op.product, OverExamples) and isinstance(op.product.of_batch, _OfBatch):
         op.space.check("v", v)
         of_batch = op.product.of_batch
-        return jnp.asarray(OverExamples(HessianForm(of_batch.loss, of_batch.product)).mean(op.operands, v))
+        return jnp.asarray(OverExamples(_HessianForm(of_batch.loss, of_batch.product)).mean(op.operands, v))
     return optax.tree.vdot(v, op @ v)
 
 
+@dataset.on_automatic_axes
+def quadratic_forms(op: LinearOperator, v: ArrayTree, *, size: int | None = None) -> Array:
+    """vᵀH_nv (N,) of each example's own Hessian, by differentiation forwards only; their mean is the `quadratic_form`.
+
+    Args:
+      op: of `hessian`.
+      v: a vector like params.
+      size: how many examples are worked on at once; by default all of them.
+
+    Raises:
+      TypeError: the operator is no Hessian of a loss.
+      ValueError: ``v`` has not the structure and shapes of the space.
+    """
+    if not (isinstance(op.product, OverExamples) and isinstance(op.product.of_batch, _OfBatch)):
+        raise TypeError("quadratic_forms: expected an operator of jaxnet.curvature.hessian")
+    op.space.check("v", v)
+    of_batch, (params, data) = op.product.of_batch, op.operands
+    return dataset.rows(_Forms(_HessianForm(of_batch.loss, of_batch.product), size), data, params, v)
+
+
 @dataclasses.dataclass(frozen=True)
-class HessianForm:
+class _Forms:
+    form: "_HessianForm"
+    size: int | None
+
+    def __call__(self, batch: Any, params: ArrayTree, v: ArrayTree) -> Array:
+        one = lambda example: self.form(jax.tree.map(lambda x: x[None], example), params, v)
+        examples = jax.tree.map(jnp.asarray, contract.widened(batch))
+        return dataset.rows(jax.vmap(one), examples, size=self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _HessianForm:
     """vᵀHv on a batch, twice forwards: half of a product's work. By a product where that is by differences, or where a
     function has a rule for reverse differentiation only."""
 

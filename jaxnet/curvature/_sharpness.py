@@ -13,7 +13,7 @@ from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
 from jaxnet.curvature import _bound
 from jaxnet.curvature._follow import LEADING, Leading, followed
-from jaxnet.curvature._hessian import HessianForm, chosen, hessian
+from jaxnet.curvature._hessian import chosen, hessian, quadratic_forms
 from jaxnet.curvature._operators import LinearOperator, flattened, inner, unflattened
 from jaxnet.curvature._products import Differences, HessianProduct, by_derivatives, words_of
 from jaxnet.curvature._search import Eigensolver
@@ -160,9 +160,12 @@ def _measure(
         found = followed(op, v0, tol, key, solver.max_matvecs)
         bound = jnp.full_like(found.value, jnp.nan)
     error = _product_error(matrix, way, found.vectors) if isinstance(way, Differences) else jnp.zeros_like(found.value)
-    params, data = matrix.operands
     vector = jax.tree.map(lambda x: x[0], found.vectors)
-    spread = _sampling_error(loss, way, params, data, vector) if sampling_error else jnp.full_like(bound, jnp.nan)
+    spread = jnp.full_like(bound, jnp.nan)
+    if sampling_error:
+        forms = quadratic_forms(matrix, vector, size=_AT_ONCE)
+        # One example has no spread: NaN.
+        spread = jnp.std(forms) / jnp.sqrt(forms.size - 1.0)
     return Sharpness(
         value=found.value,
         residual_norm=found.residual_norm,
@@ -195,22 +198,3 @@ def _from_subsample(
     rows = jax.random.choice(jax.random.fold_in(key, 1), n, (size,), replace=False)
     part = jax.tree.map(lambda x: jnp.asarray(x)[rows], batch)
     return sharpness(loss, params, part, key=key, tol=tol, product=product).leading
-
-
-def _sampling_error(loss: Loss, way: HessianProduct, params: ArrayTree, data: Any, vector: ArrayTree) -> Array:
-    forms = dataset.rows(_QuadraticForms(loss, way), data, params, vector)
-    # One example has no spread: NaN.
-    return jnp.std(forms) / jnp.sqrt(forms.size - 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _QuadraticForms:
-    """vᵀH_nv of each example of a batch, some at a time: by derivatives forwards alone, half of a product's work."""
-
-    loss: Loss
-    way: HessianProduct
-
-    def __call__(self, batch: Any, params: ArrayTree, vector: ArrayTree) -> Array:
-        form = HessianForm(self.loss, self.way)
-        of = lambda example: form(jax.tree.map(lambda x: x[None], example), params, vector)
-        return dataset.rows(jax.vmap(of), jax.tree.map(jnp.asarray, batch), size=_AT_ONCE)

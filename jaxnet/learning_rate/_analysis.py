@@ -338,7 +338,7 @@ def analyse(
             raise ValueError("opt_state: expected the state of this maker's optimizer, got one of another structure")
     curvature_key, probe_key, derived_key = three_keys(key)
     check_independent(loss, params, batch, key=key)
-    sharp = sharpness(loss, params, batch, key=curvature_key, tol=tol, sampling_error=True)
+    sharp = sharpness(loss, params, batch, key=curvature_key, tol=tol)
     grads = gradients(loss, params, batch)
     noise, value = NoiseScale.of(grads), float(sharp.value)
     if not (np.isfinite(value) and np.isfinite(float(noise.trace))):
@@ -349,7 +349,8 @@ def analyse(
             f"loss: its largest Hessian eigenvalue is {value:.3g}, not positive, so no rate follows from it; "
             "is the loss flat or concave at these params?"
         )
-    curvature = of_gradients(grads, probe_key, num_probes)
+    curvature, spread = of_gradients(grads, probe_key, num_probes, sharp.leading)
+    sharp = dataclasses.replace(sharp, sampling_error=spread)
     derived = derive(
         loss, params, batch, make_optimizer, sizes, opt_state=opt_state, key=derived_key, tol=tol, top=value,
         second_moments=second_moments,

@@ -47,24 +47,24 @@ class _Forms:
 
     def __call__(self, batch: Any, params: ArrayTree, left: ArrayTree, right: ArrayTree) -> Array:
         one = _of_outputs if parts_known(self.loss) else _of_losses
-        of = lambda pair: one(self.loss, batch, params, *pair)
-        cast = lambda rows: jax.tree.map(lambda x, p: x.astype(p.dtype), rows, params)
-        return lax.map(of, (cast(left), cast(right))).T
+        pairs = jax.tree.map(lambda p, *xs: jnp.stack([x.astype(p.dtype) for x in xs], axis=1), params, left, right)
+        return lax.map(lambda pair: one(self.loss, batch, params, pair), pairs).T
 
 
-def _of_outputs(loss: Loss, batch: Any, params: ArrayTree, v: ArrayTree, w: ArrayTree) -> Array:
+def _of_outputs(loss: Loss, batch: Any, params: ArrayTree, pair: ArrayTree) -> Array:
     """(J_n v)′ (∂²ℓ_n/∂o∂o′) J_n w."""
     parts: MeanLoss = losses.parts_of(loss)[0]
     network = lambda p: parts.outputs(p, batch)
-    outputs, along = pushforward(network, params, v)
-    other = pushforward(network, params, w)[1]
+    # One after the other by one kernel, so that it is compiled once.
+    outputs, (along, other) = lax.map(lambda v: pushforward(network, params, v), pair)
     slopes = jax.grad(lambda o: parts.criterion(o, batch[1]).sum())
-    curved = jax.jvp(slopes, (outputs,), (other,))[1]
+    curved = jax.jvp(slopes, (outputs[0],), (other,))[1]
     return (along * curved).reshape(along.shape[0], -1).sum(axis=1)
 
 
-def _of_losses(loss: Loss, batch: Any, params: ArrayTree, v: ArrayTree, w: ArrayTree) -> Array:
+def _of_losses(loss: Loss, batch: Any, params: ArrayTree, pair: ArrayTree) -> Array:
     """∂²E_n(ω + av + bw)/∂a∂b."""
     values = lambda p: jax.vmap(lambda example: loss(p, jax.tree.map(lambda x: x[None], example)))(batch)
+    v, w = (jax.tree.map(lambda x: x[i], pair) for i in range(2))
     slope = lambda p: pushforward(values, p, v)[1]
     return jnp.asarray(pushforward(slope, params, w)[1])

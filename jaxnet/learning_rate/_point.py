@@ -133,8 +133,8 @@ def _look(
     draws = jax.random.rademacher(noise_key, (_NOISES, used), dtype=jnp.result_type(float))
     weighted_sum = lambda s: space.ravel(grads.weighted_sum((s - s.mean()) / jnp.sqrt(used - 1.0)))
     noises = jax.vmap(functools.partial(times, steady))(dataset.map(weighted_sum, draws, data=data))
-    # The space draws the same numbers however its vectors are laid out, which depends on the number of devices.
-    sign = lambda key: space.ravel(jax.tree.map(jnp.sign, space.random(key)))
+    # The same numbers however vectors are laid out, which depends on the number of devices.
+    sign = lambda key: jax.tree.map(jnp.sign, space.flat.random(key))
     signs = jax.vmap(jax.vmap(sign))(jax.random.split(probe_key, (2, _PROBES)))
     probes, others = (jax.tree.map(lambda h, s, i=i: h * s[i], half, signs) for i in range(2))
     rows = lambda *parts: jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnet import contract, dataset
+from jaxnet import contract, dataset, losses
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature import hessian, quadratic_form
+from jaxnet.curvature import hessian, quadratic_form, quadratic_forms
 from jaxnet.per_example import PerExampleGradients, gradients
 
 
@@ -181,31 +181,44 @@ def noisy_curvature(loss: Loss, params: ArrayTree, batch: Any, *, key: Array, nu
     Reference:
       McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, eqs. 2.7 and 2.8.
     """
-    return of_gradients(gradients(loss, params, batch), key, num_probes)
+    return of_gradients(gradients(loss, params, batch), key, num_probes)[0]
 
 
 @functools.partial(dataset.jit, static_argnames="num_probes")
-def of_gradients(grads: PerExampleGradients, key: Array, num_probes: int) -> NoisyCurvature:
-    """The same from gradients at hand."""
-    n = grads.num_examples
+def of_gradients(
+    grads: PerExampleGradients, key: Array, num_probes: int, leading: ArrayTree | None = None
+) -> tuple[NoisyCurvature, Array]:
+    """The same from gradients at hand; and λ_max's sampling error, by its eigenvector, the first of ``leading``.
+
+    For that all forms are found example by example, so that they are compiled once.
+    """
+    n, loss = grads.num_examples, grads.loss
     if n < 2:
         raise ValueError("batch: the gradient's noise needs 2 examples or more, got 1")
-    op = hessian(grads.loss, grads.params, grads.batch)
+    op = hessian(loss, grads.params, grads.batch)
+    size = loss.size if isinstance(loss, losses.ChunkedLoss) else None
 
-    def sizes(weights: Array) -> tuple[Array, Array]:
+    def sizes(row: tuple[Array, Array]) -> tuple[Array, ...]:
+        weights, share = row
         u = contract.widened(grads.weighted_sum(weights))
-        return optax.tree.norm(u, squared=True), quadratic_form(op, u)
+        if leading is None:
+            return optax.tree.norm(u, squared=True), quadratic_form(op, u), jnp.full_like(share, jnp.nan)
+        forms = quadratic_forms(op, jax.tree.map(lambda u, v: u + share * v[0], u, leading), size=size)
+        return optax.tree.norm(u, squared=True), forms.mean(), forms.std(ddof=1) / n**0.5
 
-    # Σ z_n (g_n − ḡ) is one weighted sum: the mean's share moves into the weights. The first one is ḡ itself.
+    # Σ z_n (g_n − ḡ) is one weighted sum: the mean's share moves into the weights. The first one is ḡ itself, the last
+    # one nothing, beside the eigenvector.
     signs = jax.random.rademacher(key, (num_probes, n), dtype=jnp.result_type(float))
     probes = (signs - signs.mean(axis=1, keepdims=True)) / jnp.sqrt(n - 1.0)
-    squares, values = dataset.map(sizes, jnp.concatenate([jnp.full((1, n), 1 / n), probes]), data=grads.batch)
-    return NoisyCurvature(
+    rows = jnp.concatenate([jnp.full((1, n), 1 / n), probes, jnp.zeros((1, n))])
+    squares, values, spreads = dataset.map(sizes, (rows, jnp.zeros(num_probes + 2).at[-1].set(1)), data=grads.batch)
+    found = NoisyCurvature(
         gradient_squared=squares[0],
         along_gradient=values[0],
-        along_noise=values[1:].mean(),
-        standard_error=values[1:].std(ddof=1) / num_probes**0.5,
+        along_noise=values[1:-1].mean(),
+        standard_error=values[1:-1].std(ddof=1) / num_probes**0.5,
     )
+    return found, spreads[-1]
 
 
 def for_batch_size(

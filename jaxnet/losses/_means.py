@@ -1,13 +1,13 @@
 """The mean of a criterion over examples as a loss, whole, by chunks or in another precision."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxnet import dataset
-from jaxnet.contract import Array, ArrayTree, Loss, hashable, num_examples, takes_loss
+from jaxnet.contract import Array, ArrayTree, Loss, as_written, hashable, num_examples
 from jaxnet.losses._coupled import check_mean
 from jaxnet.losses._criteria import Apply, Criterion
 from jaxnet.losses._rounded import Rounded
@@ -21,6 +21,7 @@ class MeanLoss:
     networks that are random in training (dropout): then each example draws its own noise.
     """
 
+    _WITHIN: ClassVar = "apply"
     apply: Apply
     criterion: Criterion
 
@@ -64,6 +65,7 @@ def mean_loss(apply: Apply, criterion: Criterion) -> MeanLoss:
 class ChunkedLoss:
     """A mean loss accumulated over chunks; see `chunked`."""
 
+    _WITHIN: ClassVar = "loss"
     loss: Loss
     size: int
 
@@ -92,12 +94,11 @@ def parts_of(loss: Loss) -> tuple[MeanLoss, int | None]:
     if not isinstance(inner, MeanLoss):
         raise TypeError(
             "loss: expected one whose network and criterion are known apart; make it with jaxnet.losses.mean_loss, "
-            f"got {type(loss).__name__}"
+            f"got {type(as_written(loss)).__name__}"
         )
     return inner, size
 
 
-@takes_loss
 def chunked(loss: Loss, size: int) -> ChunkedLoss:
     """The same loss, Σ_c (N_c/N) loss(params, chunk c), in the memory of one chunk.
 
@@ -116,10 +117,9 @@ def chunked(loss: Loss, size: int) -> ChunkedLoss:
     """
     if size < 1:
         raise ValueError(f"chunked: expected a size of 1 or more, got {size}")
-    return ChunkedLoss(loss, size)
+    return ChunkedLoss(hashable(loss), size)
 
 
-@takes_loss
 def mixed_precision(loss: Loss, dtype: Any = jnp.bfloat16) -> Loss:
     """The same loss, computed in another precision: params and floating inputs are rounded to it at each call.
 
@@ -150,7 +150,7 @@ def mixed_precision(loss: Loss, dtype: Any = jnp.bfloat16) -> Loss:
         return ChunkedLoss(mixed_precision(loss.loss, dtype), loss.size)
     if isinstance(loss, MeanLoss):
         return MeanLoss(Rounded(loss.apply, dtype), loss.criterion)
-    return Rounded(loss, dtype)
+    return Rounded(hashable(loss), dtype)
 
 
 def check_parts(loss: Loss, params: ArrayTree, data: Any) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxnet.contract import Array, ArrayTree, Loss
 class Rounded:
     """A function of params and data, computed in another precision; its result is in the params' own."""
 
+    _WITHIN: ClassVar = "function"
     function: Callable[..., Array]
     dtype: Any
 

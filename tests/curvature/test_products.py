@@ -244,3 +244,17 @@ def test_a_form_is_nan_where_a_product_is(loss, point):
     op = curvature.hessian(loss, jnp.array(point), jnp.ones(3))
     assert np.isnan(op @ jnp.ones(2)).any()
     assert np.isnan(curvature.quadratic_form(op, jnp.ones(2)))
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_the_forms_of_single_examples_are_those_of_their_dense_hessians(x64, size):
+    loss = lambda p, b: jnp.mean(jnp.sin(b[0] @ p) * b[1] + (p**3).sum())
+    params, batch = jnp.array([0.3, -0.7]), (jax.random.normal(KEY, (5, 2)), jnp.arange(5.0))
+    v = jnp.array([0.4, 1.1])
+    one = lambda n: v @ jax.hessian(loss)(params, jax.tree.map(lambda x: x[n : n + 1], batch)) @ v
+    op = curvature.hessian(loss, params, batch)
+    found = curvature.quadratic_forms(op, v, size=size)
+    np.testing.assert_allclose(found, [one(n) for n in range(5)], rtol=1e-10)
+    np.testing.assert_allclose(found.mean(), curvature.quadratic_form(op, v), rtol=1e-10)
+    with pytest.raises(TypeError, match="expected an operator of jaxnet.curvature.hessian"):
+        curvature.quadratic_forms(curvature.shift(op, 1.0), v)

@@ -269,8 +269,18 @@ def test_at_a_minimum_no_rate_follows_and_a_limit_does():
         found.schedule(6, 10)
 
 
+def test_the_sampling_error_is_that_of_the_sharpness_alone(x64):
+    model = nn.mlp([4, 3], activation=jnp.tanh)
+    batch = (jax.random.normal(KEY, (40, 5)), jnp.arange(40) % 3)
+    loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
+    for given in (loss, losses.chunked(loss, 16)):
+        found = learning_rate.analyse(given, model.init(KEY, (5,)), batch, key=KEY, tol=1e-8).sharpness
+        alone = curvature.sharpness(given, model.init(KEY, (5,)), batch, key=KEY, tol=1e-8, sampling_error=True)
+        np.testing.assert_allclose(found.sampling_error, alone.sampling_error, rtol=1e-6)
+
+
 # Traces of the network, and programs, at a first call.
-MOST = {"analyse": (40, 24), "norms": (6, 3), "track": (5, 3)}
+MOST = {"analyse": (8, 24), "norms": (2, 3), "track": (4, 3)}
 
 
 def test_a_second_call_with_new_values_traces_and_compiles_nothing():
