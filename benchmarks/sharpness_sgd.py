@@ -34,7 +34,7 @@ PROBLEMS = {
 MOMENTUM = 0.9
 # With momentum the steps of a rate are 1/(1 − β) as long in the end: the same range of those.
 CONSTANT = ((optax.sgd, 1.0), (functools.partial(optax.sgd, momentum=MOMENTUM), 1 - MOMENTUM))
-CURVES = {}
+CURVES, POINTS = {}, 150
 
 
 def run():
@@ -156,6 +156,8 @@ def panels():
 
 
 def curve(label, number, x, y):
-    """The least loss so far."""
+    """The least loss so far, at some of the steps: what a figure shows is all that the file keeps."""
     style = ("dashed", 6) if "best" in label else ("line", number)
-    return Series(label, np.asarray(x).tolist(), np.minimum.accumulate(y).tolist(), *style)
+    every = -(-len(x) // POINTS)
+    some = lambda values: [float(f"{value:.4g}") for value in np.asarray(values)[::every]]
+    return Series(label, some(x), some(np.minimum.accumulate(y)), *style)
