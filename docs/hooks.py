@@ -55,13 +55,7 @@ def kept(name, folder=ROOT / "docs" / "benchmarks"):
     if not path.exists():
         return ""
     found = json.loads(path.read_text())
-    lines = ["| | bound | found |", "|---|---|---|"]
-    for row in found["rows"]:
-        what, ratio, bound = row["what"].replace("|", "\\|"), float(row["ratio"]), float(row["bound"])
-        met = ratio >= bound if row["at_least"] else ratio <= bound
-        shown = f"{ratio:.3g}" if met else f"**{ratio:.3g}**"
-        asked = f"{'≥' if row['at_least'] else '≤'} {bound:g}" if np.isfinite(bound) else ""
-        lines.append(f"| {what} | {asked} | {shown} |")
+    lines = table(found["rows"])
     machine = found["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
     lines += [
@@ -71,3 +65,28 @@ def kept(name, folder=ROOT / "docs" / "benchmarks"):
     for figure in sorted(folder.glob(f"{name}-*.png")):
         lines += ["", f"![{figure.stem.replace('_', ' ')}](benchmarks/{figure.name})"]
     return "\n".join(lines) + "\n"
+
+
+def table(rows):
+    """Bounds and what was found; where a few cases have the same rows, ``case: what (how)``, a column for each case."""
+    split = [re.fullmatch(r"(?:(.*?): )?(.*?)(?: \((.*)\))?", row["what"]).groups() for row in rows]
+    cases = dict.fromkeys(case for case, _, _ in split if case)
+    if not 1 < len(cases) < len(rows) / len(cases):
+        return columns([("found", row["what"], None, row) for row in rows])
+    alone = [("found", row["what"], None, row) for row, (case, _, _) in zip(rows, split, strict=True) if not case]
+    found = columns([(*parts, row) for row, parts in zip(rows, split, strict=True) if parts[0]])
+    return found + (["", *columns(alone)] if alone else [])
+
+
+def columns(entries):
+    """A table of ``(case, what, how, row)``: a line for each ``what``, a column for each case."""
+    cells, bounds, cases = {}, {}, dict.fromkeys(case for case, *_ in entries)
+    for case, what, how, row in entries:
+        ratio, bound = float(row["ratio"]), float(row["bound"])
+        met = ratio >= bound if row["at_least"] else ratio <= bound
+        shown = f"{ratio:.3g}" if met else f"**{ratio:.3g}**"
+        cells.setdefault(what, {})[case] = f"{shown}<br>{how}" if how else shown
+        bounds[what] = f"{'≥' if row['at_least'] else '≤'} {bound:g}" if np.isfinite(bound) else ""
+    lines = [["", "bound", *cases], ["---"] * (2 + len(cases))]
+    lines += [[what, bounds[what], *(of.get(case, "") for case in cases)] for what, of in cells.items()]
+    return [f"| {' | '.join(part.replace('|', '&#124;') for part in line)} |" for line in lines]

@@ -112,6 +112,15 @@ def test_a_benchmarks_table_is_made_of_its_numbers(hooks, tmp_path):
     assert hooks.kept("curvature", tmp_path) == ""
 
 
+def test_few_cases_of_a_benchmark_are_columns(hooks):
+    row = lambda what, ratio, bound=2.0: {"what": what, "ratio": ratio, "bound": bound, "at_least": False}
+    rows = [row(f"{case}: {what} ({what} programs)", n) for n, case in enumerate("ab", 2) for what in ("x", "y", "z")]
+    table = hooks.table([*rows, row("c", "inf", "inf")])
+    assert table[0] == "|  | bound | a | b |"
+    assert table[2] == "| x | ≤ 2 | 2<br>x programs | **3**<br>x programs |"
+    assert table[-1] == "| c |  | inf |"
+
+
 def test_the_lecture_becomes_a_page(hooks):
     page = hooks.lecture((ROOT / "examples" / "lecture.py").read_text())
     assert page.startswith("# From one neuron to the largest learning rate")
