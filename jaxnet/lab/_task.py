@@ -115,9 +115,9 @@ class TaskConfig:
     activation: str = "tanh"
     """tanh, relu, gelu, sigmoid, silu or softplus."""
     criterion: str = "auto"
-    """softmax_cross_entropy or sigmoid_cross_entropy: targets are classes. squared_error: a file's targets are numbers
-    (the digits of a built-in set are one-hot). auto: softmax_cross_entropy for words and for integers 0, 1, 2, …, else
-    squared_error."""
+    """softmax_cross_entropy or sigmoid_cross_entropy: targets are classes.
+    squared_error: a file's targets are numbers; the digits of a built-in set are one-hot.
+    auto: softmax_cross_entropy for words and for integers 0, 1, 2, …, else squared_error."""
     inputs: str = "x"
     """For an .npz file: the name of its array of inputs."""
     targets: str = "y"

@@ -52,8 +52,7 @@ class Output(Common):
     """Where results go."""
 
     out: pathlib.Path | None = None
-    """The folder for record.json, report.html and the figures; by default a new one a run, jaxnet-out/COMMAND-1, -2 and
-    so on."""
+    """The folder for record.json, report.html and figures; by default a new one a run: jaxnet-out/COMMAND-1, -2, …"""
     overwrite: bool = False
     """Write into a folder that is not empty; files of the same names are replaced."""
     open: bool = False
@@ -61,8 +60,7 @@ class Output(Common):
     keep_programs: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run of the kind need not compile them."""
     coordinator: str | None = None
-    """Where several processes run this command together: the first one's host:port; or auto, where Slurm, Open MPI or
-    Kubernetes started them."""
+    """With several processes: the first one's host:port; or auto, where Slurm, Open MPI or Kubernetes started them."""
     num_processes: int | None = None
     """With a coordinator's host:port: how many there are."""
     process_id: int | None = None

@@ -35,8 +35,8 @@ class TrainConfig(TaskConfig):
     learning_rate: float | None = None
     """A rate of your own, in place of the derived one."""
     schedule: str = "linear"
-    """linear: the rate falls to 0 in a straight line, and is led up to first where it is above the limit of stability
-    at the start. constant."""
+    """linear: the rate falls to 0 in a straight line, with a warm-up where it is above the limit of stability at first.
+    constant: it stays."""
     num_epochs: int = 30
     """How often each example is seen."""
 
