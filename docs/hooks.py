@@ -84,9 +84,13 @@ def columns(entries):
     for case, what, how, row in entries:
         ratio, bound = float(row["ratio"]), float(row["bound"])
         met = ratio >= bound if row["at_least"] else ratio <= bound
-        shown = f"{ratio:.3g}" if met else f"**{ratio:.3g}**"
-        cells.setdefault(what, {})[case] = f"{shown}<br>{how}" if how else shown
+        cells.setdefault(what, {})[case] = f"{ratio:.3g}" if met else f"**{ratio:.3g}**", how
         bounds[what] = f"{'≥' if row['at_least'] else '≤'} {bound:g}" if np.isfinite(bound) else ""
     lines = [["", "bound", *cases], ["---"] * (2 + len(cases))]
-    lines += [[what, bounds[what], *(of.get(case, "") for case in cases)] for what, of in cells.items()]
+    for what, of in cells.items():
+        # What is the same in all cases is said once.
+        hows = {how for _, how in of.values()}
+        shown = {case: f"{value}<br>{how}" if len(hows) > 1 and how else value for case, (value, how) in of.items()}
+        label = f"{what} ({how})" if len(hows) == 1 and (how := hows.pop()) else what
+        lines.append([label, bounds[what], *(shown.get(case, "") for case in cases)])
     return [f"| {' | '.join(part.replace('|', '&#124;') for part in line)} |" for line in lines]

@@ -114,10 +114,15 @@ def test_a_benchmarks_table_is_made_of_its_numbers(hooks, tmp_path):
 
 def test_few_cases_of_a_benchmark_are_columns(hooks):
     row = lambda what, ratio, bound=2.0: {"what": what, "ratio": ratio, "bound": bound, "at_least": False}
-    rows = [row(f"{case}: {what} ({what} programs)", n) for n, case in enumerate("ab", 2) for what in ("x", "y", "z")]
+    rows = [
+        row(f"{case}: {what} ({n if what == 'x' else 1} programs)", n)
+        for n, case in enumerate("ab", 2)
+        for what in ("x", "y", "z")
+    ]
     table = hooks.table([*rows, row("c", "inf", "inf")])
     assert table[0] == "|  | bound | a | b |"
-    assert table[2] == "| x | ≤ 2 | 2<br>x programs | **3**<br>x programs |"
+    assert table[2] == "| x | ≤ 2 | 2<br>2 programs | **3**<br>3 programs |"
+    assert table[3] == "| y (1 programs) | ≤ 2 | 2 | **3** |"
     assert table[-1] == "| c |  | inf |"
 
 
