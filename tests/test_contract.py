@@ -168,7 +168,9 @@ def test_a_method_of_one_object_is_compiled_once():
 
 
 @pytest.mark.parametrize(
-    "of", [lambda loss: loss, lambda loss: losses.chunked(loss, 2), losses.mixed_precision], ids=["", "chunked", "mixed"]
+    "of",
+    [lambda loss: loss, lambda loss: losses.chunked(loss, 2), losses.mixed_precision],
+    ids=["whole", "chunked", "rounded"],
 )
 def test_a_loss_is_traced_once_for_arguments_of_one_kind_and_is_told_as_it_was_written(of):
     traces = []
