@@ -92,7 +92,7 @@ def follow(
 @functools.partial(dataset.jit, static_argnames="max_matvecs")
 def followed(op: LinearOperator, starts: ArrayTree, tol: Array | float, key: Array, max_matvecs: int | None) -> Leading:
     """The same of an operator that `flattened` made."""
-    check_deterministic(op)
+    seen = check_deterministic(op)
     limit = 1000 if max_matvecs is None else max_matvecs
     room = min(_ROOM, op.space.size)
     count = min(LEADING, room)
@@ -112,7 +112,7 @@ def followed(op: LinearOperator, starts: ArrayTree, tol: Array | float, key: Arr
     vectors = jax.tree.map(lambda q: jnp.where(end.failed, 0, q[:count]), end.basis)
     value = jnp.where(end.failed, jnp.nan, end.value)
     if not streamed:
-        value = values_of(op, value[None], jax.tree.map(lambda x: x[:1], vectors))[0]
+        value = values_of(op, value[None], jax.tree.map(lambda x: x[:1], vectors), seen)[0]
     return Leading(
         value=value,
         vectors=unflattened(op, vectors),

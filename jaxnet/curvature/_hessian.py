@@ -130,6 +130,7 @@ def quadratic_forms(op: LinearOperator, v: ArrayTree, *, size: int | None = None
         raise TypeError("quadratic_forms: expected an operator of jaxnet.curvature.hessian")
     op.space.check("v", v)
     of_batch, (params, data) = op.product.of_batch, op.operands
+    v = jax.tree.map(lambda p, x: jnp.asarray(x, p.dtype), params, v)
     return dataset.rows(_Forms(_HessianForm(of_batch.loss, of_batch.product), size), data, params, v)
 
 

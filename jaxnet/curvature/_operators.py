@@ -5,7 +5,7 @@ import fnmatch
 import numbers
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -252,14 +252,23 @@ def over_examples(
     return LinearOperator(OverExamples(of_batch), space, (jax.tree.map(jnp.asarray, params), batch))
 
 
-def check_deterministic(op: LinearOperator) -> bool:
+class Seen(NamedTuple):
+    """What a trace tells of an operator.
+
+    Attributes:
+      rough: whether a number on the way is in half precision.
+      beside: whether it reads tracers that are none of its operands, as a loss does that closes over one.
+    """
+
+    rough: bool
+    beside: bool
+
+
+def check_deterministic(op: LinearOperator) -> Seen:
     """Raise if the product is not the same function twice: then it has no eigenvalues.
 
     A function of params and batch has no randomness of its own, unless a key or a generator from outside moves while it
     is traced: so it is traced twice. Streamed batches are gone through twice.
-
-    Returns:
-      Whether a number on the way is in half precision, as far as a trace tells.
 
     Raises:
       ValueError: the two differ.
@@ -271,7 +280,7 @@ def check_deterministic(op: LinearOperator) -> bool:
         # A loader may shuffle, which changes a sum by rounding only.
         if not all(jnp.allclose(a, b, rtol=1e-3, atol=1e-3 * jnp.abs(a).max(), equal_nan=True) for a, b in passes):
             raise ValueError(f"loss: two passes over the batches differ; {remedy}, and let the batches stay the same")
-        return False
+        return Seen(False, False)
     function, given = _to_trace(inner(op))
     try:
         one, two = (jax.make_jaxpr(lambda *a: function(*a))(*given) for _ in range(2))
@@ -280,7 +289,8 @@ def check_deterministic(op: LinearOperator) -> bool:
     first, second = str(one.jaxpr), str(two.jaxpr)
     if first != second or len(one.consts) != len(two.consts) or not all(map(_same_constant, one.consts, two.consts)):
         raise ValueError(f"loss: two evaluations at the same params and batch differ; {remedy}")
-    return re.search(r"\b(bf16|f16|f8\w*|f4\w*)\[", first) is not None
+    rough = re.search(r"\b(bf16|f16|f8\w*|f4\w*)\[", first) is not None
+    return Seen(rough, any(isinstance(x, jax.core.Tracer) for x in one.consts))
 
 
 def inner(op: LinearOperator) -> LinearOperator:

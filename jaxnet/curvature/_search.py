@@ -16,7 +16,7 @@ from jax import lax
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import _bound, _lanczos
-from jaxnet.curvature._operators import LinearOperator, OverExamples, check_deterministic, inner
+from jaxnet.curvature._operators import LinearOperator, OverExamples, Seen, check_deterministic, inner
 from jaxnet.curvature._space import Space
 
 WHICH = ("LA", "SA", "LM", "BE")
@@ -49,7 +49,8 @@ class Eigenpairs:
 
     Attributes:
       values: (k,) eigenvalues, descending; NaN where a product was not finite. Where simple, they can be
-        differentiated by the operator's params and operands (dλ = vᵀ(dA)v); the other fields count as constants.
+        differentiated (dλ = vᵀ(dA)v) by the operator's params and operands, and by what its loss closes over; the other
+        fields count as constants.
       vectors: leaves (k, ...), orthonormal eigenvectors.
       residual_norms: (k,) ‖Av − θv‖, each a bound on the distance to some eigenvalue.
       num_matvecs: products spent.
@@ -184,7 +185,7 @@ class Eigensolver:
         Raises:
           ValueError: the operator is not the same matrix twice, because its loss is random.
         """
-        rough, of = check_deterministic(op), inner(op)
+        seen, of = check_deterministic(op), inner(op)
         if isinstance(of.product, OverExamples):
             # At params that are not finite there is nothing to find: the start says so. Besides, XLA then holds a
             # vector less at the peak, since it makes the start in the place where it is read.
@@ -197,10 +198,10 @@ class Eigensolver:
         room_left = lambda state: ~self.done(state) & ~self.full(state)
         fill = lambda state: self.restart(dataset.while_loop(room_left, step, state, data=op))
         end = dataset.while_loop(going_on, fill, self.init(start), data=op)
-        pairs, end = self.result(end), end._replace(rough=rough)
+        pairs, end = self.result(end), end._replace(rough=seen.rough)
         if streamed:
             return pairs, end
-        return dataclasses.replace(pairs, values=values_of(op, pairs.values, pairs.vectors)), end
+        return dataclasses.replace(pairs, values=values_of(op, pairs.values, pairs.vectors, seen)), end
 
     @functools.partial(jax.jit, static_argnums=0)
     def init(self, start: ArrayTree) -> Search:
@@ -293,21 +294,29 @@ def _next(search: Search) -> ArrayTree:
     return _lanczos.current(search.lanczos)
 
 
+def values_of(op: LinearOperator, values: Array, vectors: ArrayTree, seen: Seen) -> Array:
+    """The eigenvalues as functions of the operator: dλ = vᵀ(dA)v of a simple one with unit vector v."""
+    if not seen.beside:
+        return _of_operands(op, values, vectors)
+    # Only the form itself knows of what is read beside the operands; it costs a product a value.
+    values, vectors = lax.stop_gradient((values, vectors))
+    forms = _forms(op, vectors)
+    return values + (forms - lax.stop_gradient(forms)).astype(values.dtype)
+
+
+def _forms(op: LinearOperator, vectors: ArrayTree) -> Array:
+    return lax.map(lambda v: optax.tree.vdot(v, op @ v), vectors)
+
+
 @jax.custom_jvp
-def values_of(op: LinearOperator, values: Array, vectors: ArrayTree) -> Array:
-    """The eigenvalues as functions of the operator."""
+def _of_operands(op: LinearOperator, values: Array, vectors: ArrayTree) -> Array:
     return values
 
 
-@values_of.defjvp
-def _values_of_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """dλ = vᵀ(dA)v for a simple eigenvalue with unit vector v, which needs no derivative of v."""
+@_of_operands.defjvp
+def _of_operands_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     op, values, vectors = primals
-
-    def form(op: LinearOperator) -> Array:
-        return lax.map(lambda v: optax.tree.vdot(v, op @ v), vectors)
-
-    return values, jax.jvp(form, (op,), tangents[:1])[1].astype(values.dtype)
+    return values, jax.jvp(lambda op: _forms(op, vectors), (op,), tangents[:1])[1].astype(values.dtype)
 
 
 def rank(which: str, found: _lanczos.Ritz) -> Array:

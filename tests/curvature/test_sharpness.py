@@ -65,6 +65,22 @@ def test_the_gradient_of_an_eigenvalue_is_dense_autodiffs(mlp_problem):
     np.testing.assert_allclose(ravel_pytree(ours)[0], expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("v0", [None, (0.2, 1.0, 0.1)])
+def test_the_derivative_by_what_a_loss_closes_over(x64, v0):
+    """λ_max of ½ s² Σ d_i ω_i² is s² max d, whose derivative is 2s max d, forwards and backwards, compiled and not."""
+    scales = jnp.array([1.0, 3.0, 2.0])
+
+    def largest(s):
+        loss = lambda p, batch: jnp.mean(batch) * s**2 * jnp.sum(scales * p**2) / 2
+        start = None if v0 is None else jnp.array(v0)
+        return curvature.sharpness(loss, jnp.ones(3), jnp.ones(4), key=KEY, tol=1e-10, v0=start).value
+
+    forwards = lambda s: jax.jvp(largest, (s,), (1.0,))[1]
+    for derivative in (jax.grad(largest), forwards, jax.jit(jax.grad(largest)), jax.jit(forwards)):
+        np.testing.assert_allclose(derivative(0.7), 2 * 0.7 * 3, rtol=1e-8)
+    np.testing.assert_allclose(jax.vmap(largest)(jnp.array([0.7, 2.0])), [0.49 * 3, 12.0], rtol=1e-8)
+
+
 def test_the_gradient_of_several_eigenvalues_by_the_matrix_itself(x64):
     a = np.random.default_rng(0).normal(size=(12, 12))
     a = jnp.asarray(a + a.T)

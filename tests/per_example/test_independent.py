@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -87,3 +88,13 @@ def in_two(batch):
 def test_a_batch_that_is_taken_whole_may_couple_its_examples():
     coupled, params, batch = problem(batch_normalised)
     assert curvature.sharpness(coupled, params, batch, key=KEY).converged
+
+
+def test_a_loss_that_closes_over_a_traced_value_is_not_looked_at():
+    loss, params, batch = problem()
+
+    def found(scale):
+        scaled = losses.chunked(lambda p, b: scale * loss(p, b), 3)
+        return curvature.hessian(scaled, params, batch) @ params, scaled(params, batch)
+
+    chex.assert_trees_all_close(jax.jit(found)(2.0), found(2.0), rtol=1e-5)
