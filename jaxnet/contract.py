@@ -114,6 +114,7 @@ def takes_loss(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(loss: Loss, *args: Any, **kwargs: Any) -> Any:
+        check_function("loss", loss)
         return function(traced_once(loss), *args, **kwargs)
 
     return cast(Function, call)
@@ -348,11 +349,37 @@ def check_batch_size(batch_size: int, n: int) -> int:
     return int(batch_size)
 
 
+def check_count(name: str, value: Any, lowest: int = 1) -> None:
+    """Raise unless it says how many there are.
+
+    Raises:
+      TypeError: it is no whole number.
+      ValueError: it is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if value < lowest:
+        raise ValueError(f"{name}: expected {lowest} or more, got {value}")
+
+
+def check_function(name: str, value: Any) -> None:
+    """Raise unless it can be called.
+
+    Raises:
+      TypeError: it cannot.
+    """
+    if not callable(value):
+        raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
+
+
 def check_tolerance(tol: Array | float) -> None:
     """Raise unless a tolerance that is known as a number is positive.
 
     Raises:
-      ValueError: it is not.
+      TypeError: it is a string.
+      ValueError: it is not positive.
     """
+    if isinstance(tol, str):
+        raise TypeError(f"tol: expected a number, got {tol!r}")
     if isinstance(tol, (int, float)) and not tol > 0:
         raise ValueError(f"tol: expected a positive number, got {tol}")

@@ -152,7 +152,7 @@ def test_a_single_chunk_is_not_computed_twice(mlp_problem):
 
 
 def test_a_chunk_has_a_size():
-    with pytest.raises(ValueError, match="size of 1 or more"):
+    with pytest.raises(ValueError, match="size: expected 1 or more"):
         losses.chunked(lambda p, b: p, 0)
 
 

@@ -11,9 +11,10 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jaxnet import curvature, dataset, learning_rate, losses, per_example
+from jaxnet import curvature, dataset, learning_rate, losses, per_example, training
 
 ROOMS = ["nn", "losses", "data", "dataset", "training", "per_example", "curvature", "learning_rate"]
 KEY = jax.random.key(0)
@@ -98,6 +99,51 @@ MISTAKEN = {
     ],
     "curvature.restrict": [lambda: curvature.restrict(OP(), {"b": 1, "w": 0}), lambda: curvature.restrict(OP(), "z*")],
 }
+
+
+def fitted(**options):
+    return training.fit(
+        linear, PARAMS, BATCH, optax.sgd,
+        **{"learning_rate": 0.1, "batch_size": 4, "num_epochs": 1, "key": KEY, **options},
+    )  # fmt: skip
+
+
+# c: what is of another type, and the argument that the error names.
+OTHER_TYPES = {
+    "loss": [
+        lambda: curvature.sharpness("linear", PARAMS, BATCH, key=KEY),
+        lambda: per_example.gradients(None, PARAMS, BATCH),
+        lambda: losses.chunked(3, 2),
+        lambda: losses.mixed_precision([linear]),
+    ],
+    "apply": [lambda: losses.mean_loss(3, losses.squared_error)],
+    "criterion": [lambda: losses.mean_loss(linear, "mse")],
+    "size": [lambda: losses.chunked(linear, 2.5), lambda: losses.chunked(linear, "4")],
+    "product": [lambda: curvature.hessian(linear, PARAMS, BATCH, product="forward")],
+    "op": [lambda: curvature.eigsh(PARAMS, key=KEY), lambda: curvature.spectral_density(PARAMS, key=KEY)],
+    "k": [lambda: curvature.eigsh(OP(), 2.0, key=KEY), lambda: curvature.eigsh(OP(), True, key=KEY)],
+    "ncv": [lambda: curvature.eigsh(OP(), ncv=4.0, key=KEY)],
+    "tol": [lambda: curvature.eigsh(OP(), tol="1e-3", key=KEY)],
+    "num_steps": [lambda: curvature.spectral_density(OP(), key=KEY, num_steps=2.5)],
+    "num_points": [lambda: curvature.landscape(linear, PARAMS, BATCH, PARAMS, num_points=2.5)],
+    "groups": [lambda: curvature.layer_sharpness(linear, PARAMS, BATCH, key=KEY, groups=["w"])],
+    "every": [
+        lambda: curvature.track(linear, BATCH, key=KEY, every=2.5),
+        lambda: learning_rate.scale_by_sharpness(key=KEY, fraction=1.0, every=2.5),
+    ],
+    "max_matvecs": [lambda: curvature.solve(OP(), PARAMS, damping=1.0, max_matvecs=2.5)],
+    "microbatch_size": [lambda: per_example.clipped_grad(linear, 1.0, microbatch_size=2.5)],
+    "weights": [lambda: GRADS().weighted_sum([1.0] * 12)],
+    "batch_sizes": [
+        lambda: learning_rate.analyse(linear, PARAMS, BATCH, key=KEY, batch_sizes=4),
+        lambda: learning_rate.analyse(linear, PARAMS, BATCH, key=KEY, batch_sizes="4"),
+    ],
+    "observers": [lambda: fitted(observers=print), lambda: fitted(observers="x"), lambda: fitted(observers=[3])],
+    "metrics": [lambda: fitted(metrics=[linear]), lambda: fitted(metrics={"loss": 3})],
+    "augment": [lambda: fitted(augment=3)],
+    "stop": [lambda: fitted(stop=3)],
+    "learning_rate": [lambda: fitted(learning_rate="0.1")],
+}  # fmt: skip
 
 
 # d: entry points that take examples apart.
@@ -194,6 +240,13 @@ def test_no_tree_is_paired_by_its_leaves_alone(name, kind):
 def test_a_mask_is_a_mask(name):
     for call in MISTAKEN[name]:
         with pytest.raises((TypeError, ValueError)):
+            call()
+
+
+@pytest.mark.parametrize("name", OTHER_TYPES)
+def test_what_is_of_another_type_is_told_by_its_name(name):
+    for call in OTHER_TYPES[name]:
+        with pytest.raises(TypeError, match=rf"^{name}[:,]"):
             call()
 
 

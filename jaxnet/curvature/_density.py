@@ -78,8 +78,8 @@ def spectral_density(op: LinearOperator, *, key: Array, num_probes: int = 8, num
       ICML 2019, algorithm 1.
     """
     check_one_batch("spectral_density", op)
-    if num_probes < 2 or num_steps < 1:
-        raise ValueError(f"expected num_probes >= 2 and num_steps >= 1, got {num_probes} and {num_steps}")
+    contract.check_count("num_probes", num_probes, 2)
+    contract.check_count("num_steps", num_steps)
     steps = min(num_steps, op.space.size)
     nodes, weights = _quadrature(flattened(op), jax.random.split(key, num_probes), steps)
     return SpectralDensity(nodes, weights, num_probes * steps)

@@ -65,10 +65,10 @@ def eigsh(
       [0.84 0.04]
     """
     contract.check_tolerance(tol)
+    flat = flattened(op)
     check_together(op=op.operands, v0=v0)
     if v0 is not None:
         op.space.check("v0", v0)
-    flat = flattened(op)
     return _eigsh(Eigensolver(flat.space, k, which, max_matvecs, ncv, v0 is not None), flat, v0, key, tol)
 
 

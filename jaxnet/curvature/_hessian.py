@@ -53,6 +53,7 @@ def hessian(loss: Loss, params: ArrayTree, batch: Any, *, product: HessianProduc
       >>> print(f"{first[0]:.2f} {first[1]:.2f}")
       0.20 0.32
     """
+    contract.check_function("product", product)
     return over_examples(_OfBatch(loss, product), loss, params, batch)
 
 

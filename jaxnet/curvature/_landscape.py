@@ -71,8 +71,7 @@ def landscape(
     """
     if not 0 < extent < float("inf"):
         raise ValueError(f"extent: expected a positive and finite number, got {extent}")
-    if num_points < 2:
-        raise ValueError(f"num_points: expected 2 or more, got {num_points}")
+    contract.check_count("num_points", num_points, 2)
     op = hessian(loss, params, batch)
     num_axes = [jnp.ndim(x) for x in jax.tree.leaves(directions)]
     if num_axes == [len(shape) for shape in op.space.shapes]:

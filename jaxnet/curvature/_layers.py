@@ -47,6 +47,8 @@ def layer_sharpness(
       TypeError, ValueError: the arguments do not fit the contract, or a group names no leaf.
     """
     op = hessian(loss, params, batch, product=product)
+    if groups is not None and not isinstance(groups, Mapping):
+        raise TypeError(f"groups: expected names with what restrict takes for each, got {type(groups).__name__}")
     if groups is None:
         layers = list(map(contract.layer_of, op.space.names))
         groups = {

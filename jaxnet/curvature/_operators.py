@@ -104,6 +104,7 @@ def flattened(op: LinearOperator, starts: tuple[Any, ...] | None = None) -> Line
 
     Make it outside of `jit` and hand it in, or hand in its space's ``starts``: they are operands, and an argument then.
     """
+    check_operator(op)
     return LinearOperator(_flattened, op.space.flat, (op, op.space.starts if starts is None else starts))
 
 
@@ -200,8 +201,19 @@ def materialize(op: LinearOperator) -> Array:
     return columns.T
 
 
+def check_operator(op: Any) -> None:
+    """Raise unless it is an operator.
+
+    Raises:
+      TypeError: it is something else, such as a pytree.
+    """
+    if not isinstance(op, LinearOperator):
+        raise TypeError(f"op: expected an operator, such as hessian(loss, params, batch), got {type(op).__name__}")
+
+
 def check_one_batch(name: str, op: LinearOperator) -> None:
     """Raise where a data set in batches cannot serve."""
+    check_operator(op)
     dataset.check_in_memory(name, op, "take the operator of a sample that fits in memory, or eigsh of this one")
 
 

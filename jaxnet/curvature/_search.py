@@ -127,12 +127,13 @@ class Eigensolver:
 
     def __post_init__(self) -> None:
         """Raise unless the numbers fit the space."""
+        for name, value in {"k": self.k, "max_matvecs": self.max_matvecs, "ncv": self.ncv}.items():
+            if value is not None:
+                contract.check_count(name, value)
         if not 1 <= self.k <= self.space.size:
             raise ValueError(f"k: expected 1 to {self.space.size}, the number of parameters, got {self.k}")
         if self.which not in WHICH:
             raise ValueError(f"which: expected one of {', '.join(WHICH)}, got {self.which!r}")
-        if self.max_matvecs is not None and self.max_matvecs < 1:
-            raise ValueError(f"max_matvecs: expected 1 or more, got {self.max_matvecs}")
         if self.ncv is not None and not self.k + 2 <= self.ncv:
             raise ValueError(f"ncv: expected at least k + 2 = {self.k + 2} Lanczos vectors, got {self.ncv}")
 

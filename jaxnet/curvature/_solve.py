@@ -63,8 +63,8 @@ def solve(
     check_one_batch("solve", op)
     contract.check_tolerance(tol)
     op.space.check("b", b)
-    if max_matvecs is not None and max_matvecs < 1:
-        raise ValueError(f"max_matvecs: expected 1 or more, got {max_matvecs}")
+    if max_matvecs is not None:
+        contract.check_count("max_matvecs", max_matvecs)
     return _solve(flattened(op), b, damping, tol, max_matvecs)
 
 

@@ -120,8 +120,7 @@ def track(loss: Loss, batch: Any, *, key: Array, every: int = 1, tol: float = 1e
       tol: relative accuracy of each value.
 
     Raises:
-      ValueError: ``every`` is not a whole number from 1 on.
+      TypeError, ValueError: ``every`` is not a whole number from 1 on.
     """
-    if every < 1:
-        raise ValueError(f"every: expected 1 or more, got {every}")
+    contract.check_count("every", every)
     return Tracker(loss, dataset.of(batch), key, every, tol)

@@ -98,8 +98,7 @@ def scale_by_sharpness(
     """
     if isinstance(fraction, (int, float)) and not 0 < fraction < float("inf"):
         raise ValueError(f"fraction: expected positive and finite, got {fraction}")
-    if every < 1:
-        raise ValueError(f"every: expected 1 or more, got {every}")
+    contract.check_count("every", every)
 
     def init(params: ArrayTree) -> ScaleBySharpnessState:
         contract.check_params(params)

@@ -361,6 +361,8 @@ def analyse(
 def _sizes(batch_sizes: Sequence[int] | None, n: int) -> tuple[int, ...]:
     if batch_sizes is None:
         return (*(8**i for i in range(10) if 8**i < n), n)
+    if isinstance(batch_sizes, str) or not isinstance(batch_sizes, (Sequence, np.ndarray)):
+        raise TypeError(f"batch_sizes: expected a list of batch sizes, got {batch_sizes!r}")
     if not len(batch_sizes):
         raise ValueError("batch_sizes: expected at least one")
     return tuple(sorted({check_batch_size(size, n) for size in batch_sizes}))

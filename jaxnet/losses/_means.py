@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnet import dataset
-from jaxnet.contract import Array, ArrayTree, Loss, as_written, hashable, num_examples
+from jaxnet.contract import Array, ArrayTree, Loss, as_written, check_count, check_function, hashable, num_examples
 from jaxnet.losses._coupled import check_mean
 from jaxnet.losses._criteria import Apply, Criterion
 from jaxnet.losses._rounded import Rounded
@@ -51,6 +51,9 @@ def mean_loss(apply: Apply, criterion: Criterion) -> MeanLoss:
     Returns:
       A frozen, hashable callable that keeps its two parts as ``.apply`` and ``.criterion``.
 
+    Raises:
+      TypeError: one of them is no function.
+
     Examples:
       >>> model = nn.linear_neuron()
       >>> loss = losses.mean_loss(model.apply, losses.squared_error)
@@ -58,6 +61,8 @@ def mean_loss(apply: Apply, criterion: Criterion) -> MeanLoss:
       >>> print(loss(params, data.two_gaussians_exact()))  # targets are ±1
       0.5
     """
+    check_function("apply", apply)
+    check_function("criterion", criterion)
     return MeanLoss(hashable(apply), hashable(criterion))
 
 
@@ -112,11 +117,12 @@ def chunked(loss: Loss, size: int) -> ChunkedLoss:
       A hashable loss.
 
     Raises:
-      ValueError: ``size`` is below 1. The loss itself raises a UserError, where it is called with values and is no mean
-        over independent examples; inside `jax.jit` and `jax.grad` nothing checks that.
+      TypeError, ValueError: ``size`` is no whole number from 1 on. The loss itself raises a UserError, where it is
+        called with values and is no mean over independent examples; inside `jax.jit` and `jax.grad` nothing checks
+        that.
     """
-    if size < 1:
-        raise ValueError(f"chunked: expected a size of 1 or more, got {size}")
+    check_function("loss", loss)
+    check_count("size", size)
     return ChunkedLoss(hashable(loss), size)
 
 
@@ -143,6 +149,7 @@ def mixed_precision(loss: Loss, dtype: Any = jnp.bfloat16) -> Loss:
     Reference:
       Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.1; no loss scale, which bfloat16 needs not.
     """
+    check_function("loss", loss)
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"mixed_precision: expected a floating dtype, got {dtype}")

@@ -129,8 +129,8 @@ def clipped_grad(
         raise ValueError("max_norm: expected a finite number where there is noise, got infinity")
     if normalise_by is not None and not normalise_by > 0:
         raise ValueError(f"normalise_by: expected a positive number, got {normalise_by}")
-    if microbatch_size is not None and microbatch_size < 1:
-        raise ValueError(f"microbatch_size: expected 1 or more, got {microbatch_size}")
+    if microbatch_size is not None:
+        contract.check_count("microbatch_size", microbatch_size)
     return ClippedGrad(loss, max_norm, noise_multiplier, normalise_by, microbatch_size, has_aux)
 
 

@@ -81,8 +81,10 @@ class PerExampleGradients:
         """Σ_n w_n g_n, like params, for weights (N,).
 
         Raises:
-          ValueError: the weights are not (N,).
+          TypeError, ValueError: the weights are no array, or not (N,).
         """
+        if isinstance(weights, (list, tuple)):
+            raise TypeError(f"weights: expected an array, got a {type(weights).__name__}")
         if not dataset.on_host(self.batch) and jnp.shape(weights) != (self.num_examples,):
             raise ValueError(f"weights: expected shape ({self.num_examples},), got {jnp.shape(weights)}")
         return self._like_params(self.total(Held.weighted_sum, weights=jnp.asarray(weights)))

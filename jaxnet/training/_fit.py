@@ -87,6 +87,10 @@ def fit(
         loss, data, make_optimizer, learning_rate, batch_size, num_epochs, order, augment, metrics, num_shards
     )
     stop = _check_stop(stop, validation)
+    if isinstance(observers, str) or not isinstance(observers, Sequence):
+        raise TypeError(f"observers: expected a list of functions, got {type(observers).__name__}")
+    for observer in observers:
+        contract.check_function("observers", observer)
     run = start if isinstance(start, FitProgress) else None
     if run is not None:
         check_same_run(run, key, program.batch_size, program.num_shards, tuple(metrics or {}), validation is not None)
@@ -250,6 +254,12 @@ def _make_program(
             "make_optimizer: expected a maker such as optax.sgd, to be called with the learning rate, got "
             f"{type(make_optimizer).__name__}; pass optax.sgd, not optax.sgd(0.1)"
         )
+    if augment is not None:
+        contract.check_function("augment", augment)
+    if not isinstance(metrics or {}, Mapping):
+        raise TypeError(f"metrics: expected names with a function for each, got {type(metrics).__name__}")
+    for name, metric in (metrics or {}).items():
+        contract.check_function(f"metrics, {name}", metric)
     if streamed and num_shards != 1:
         raise ValueError("num_shards: a data set in batches comes in an order of its own; shard where it is made")
     num_shards = check_num_shards(num_shards, n, batch_size)
@@ -281,6 +291,8 @@ def _check_rates(rates: Any, params: ArrayTree) -> Array:
         raise TypeError("learning_rates: expected numbers, got a function; a schedule is for fit")
     # One dtype for every kind of number, so that a Python float and a computed rate share a compilation.
     dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
+    if isinstance(rates, str):
+        raise TypeError(f"learning_rate: expected a number, got {rates!r}")
     with np.errstate(over="ignore", under="ignore"):
         values = np.asarray(rates, dtype=np.float64).astype(dtype)
     if not (values.size and np.isfinite(values).all() and (values > 0).all()):
@@ -299,6 +311,8 @@ def _check_resumed(state: TrainState, program: _program.Program, data: Any) -> N
 
 
 def _check_stop(stop: StopRule | None, validation: ArrayTree | None) -> StopRule:
+    if stop is not None and not isinstance(stop, StopRule):
+        raise TypeError(f"stop: expected a StopRule, got {type(stop).__name__}")
     stop = stop or StopRule()
     if stop.patience < 1 or math.isnan(stop.loss_below):
         raise ValueError(f"stop: expected a patience from 1 on and a loss that is a number, got {stop}")

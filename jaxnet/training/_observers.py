@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxnet.contract import UserError
+from jaxnet.contract import UserError, check_count
 from jaxnet.training._checkpoint import PARTIAL, Damaged, epochs_in, intact, orbax, restore, save
 from jaxnet.training._history import FitProgress, History
 from jaxnet.training._update import TrainState
@@ -60,8 +60,7 @@ class Checkpoints:
         required: bool = False,
     ) -> None:
         for name, value in {"every": every, "keep": keep}.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected a whole number from 1 on, got {value}")
+            check_count(name, value)
         if not minutes >= 0:
             raise ValueError(f"minutes: expected 0 or more, got {minutes}")
         self._folder, self._every, self._minutes = pathlib.Path(folder).absolute(), every, minutes
