@@ -1,5 +1,6 @@
 """What the site is made of besides its pages, the lecture and the benchmarks' tables, and a look at its reference."""
 
+import collections
 import importlib
 import json
 import pathlib
@@ -70,16 +71,21 @@ def kept(name, folder=ROOT / "docs" / "benchmarks"):
 def table(rows):
     """Bounds and what was found; where a few cases have the same rows, ``case: what (how)``, a column for each case."""
     split = [re.fullmatch(r"(?:(.*?): )?(.*?)(?: \((.*)\))?", row["what"]).groups() for row in rows]
-    cases = dict.fromkeys(case for case, _, _ in split if case)
+    numbers = collections.Counter(case for case, _, _ in split)
+    cases = {case for case, number in numbers.items() if case and number > 1}
     if not 1 < len(cases) < len(rows) / len(cases):
-        return columns([("found", row["what"], None, row) for row in rows])
-    alone = [("found", row["what"], None, row) for row, (case, _, _) in zip(rows, split, strict=True) if not case]
-    found = columns([(*parts, row) for row, parts in zip(rows, split, strict=True) if parts[0]])
-    return found + (["", *columns(alone)] if alone else [])
+        cases = set()
+    found = columns([(*parts, row) for row, parts in zip(rows, split, strict=True) if parts[0] in cases])
+    alone = columns(
+        [("found", row["what"], None, row) for row, (case, *_) in zip(rows, split, strict=True) if case not in cases]
+    )
+    return [*found, "", *alone] if found and alone else found or alone
 
 
 def columns(entries):
-    """A table of ``(case, what, how, row)``: a line for each ``what``, a column for each case."""
+    """A table of ``(case, what, how, row)``: a line for each ``what``, a column for each case; nothing of nothing."""
+    if not entries:
+        return []
     cells, bounds, cases = {}, {}, dict.fromkeys(case for case, *_ in entries)
     for case, what, how, row in entries:
         ratio, bound = float(row["ratio"]), float(row["bound"])
