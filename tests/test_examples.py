@@ -35,7 +35,7 @@ def scripts():
     """Those of one network; of libraries that are alike, one at each run."""
     for script in EXAMPLES:
         if script.name not in ("lecture.py", "equinox_language_model.py"):
-            slow = script.name in ("flax_linen.py", "haiku_model.py", "your_csv.py")
+            slow = script.name in ("flax_linen.py", "flax_nnx.py", "haiku_model.py", "your_csv.py")
             yield pytest.param(script, id=script.name, marks=pytest.mark.slow if slow else ())
 
 

@@ -34,6 +34,7 @@ def test_another_optimizer_is_held_against_a_sweep_of_its_own(tmp_path, optimize
         np.testing.assert_allclose(run["sweep_losses"][4], claim["measured"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_large_targets_are_told_and_can_be_scaled(tmp_path, capsys):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 3))
