@@ -91,22 +91,21 @@ def _once(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def traced_once(loss: Function) -> Function:
-    """The same loss, traced once for arguments of one kind: to trace a large network takes longer than to run it.
-
-    A frozen dataclass that holds a function in the field that its class names ``_WITHIN`` keeps its own kind.
-    """
-    within = getattr(type(loss), "_WITHIN", None)
-    if within:
-        return cast(Function, dataclasses.replace(loss, **{within: traced_once(getattr(loss, within))}))  # type: ignore[type-var]
-    return loss if isinstance(loss, _Once) else cast(Function, _Once(hashable(loss)))
+    """The same loss, traced once for arguments of one kind: to trace a large network takes longer than to run it."""
+    return cast(Function, _within(loss, lambda call: call if isinstance(call, _Once) else _Once(hashable(call))))
 
 
 def as_written(loss: Function) -> Function:
     """What `traced_once` was given."""
-    within = getattr(type(loss), "_WITHIN", None)
-    if within:
-        return cast(Function, dataclasses.replace(loss, **{within: as_written(getattr(loss, within))}))  # type: ignore[type-var]
-    return cast(Function, loss.call) if isinstance(loss, _Once) else loss
+    return cast(Function, _within(loss, lambda call: call.call if isinstance(call, _Once) else call))
+
+
+def _within(loss: Any, change: Callable[[Any], Any]) -> Any:
+    """A loss with another function in it; a frozen dataclass keeps its kind, and names the field in its ``_WITHIN``."""
+    field = getattr(type(loss), "_WITHIN", None)
+    if field is None:
+        return change(loss)
+    return dataclasses.replace(loss, **{field: _within(getattr(loss, field), change)})
 
 
 def takes_loss(function: Function) -> Function:

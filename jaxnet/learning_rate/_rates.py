@@ -81,10 +81,9 @@ def linear_to_zero(peak: float, num_steps: int, *, limit: float = float("inf")) 
       limit: the largest rate that is stable at the start; where it is not known, NaN or infinity.
 
     Raises:
-      ValueError: there are no steps.
+      TypeError, ValueError: ``num_steps`` is no whole number from 1 on.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps: expected 1 or more, got {num_steps}")
+    contract.check_count("num_steps", num_steps)
     if not peak > limit:
         return optax.linear_schedule(peak, 0.0, num_steps)
     rising = max(1, num_steps // 10)
@@ -206,17 +205,18 @@ def of_gradients(
         forms = quadratic_forms(op, jax.tree.map(lambda u, v: u + share * v[0], u, leading), size=size)
         return optax.tree.norm(u, squared=True), forms.mean(), forms.std(ddof=1) / n**0.5
 
-    # Σ z_n (g_n − ḡ) is one weighted sum: the mean's share moves into the weights. The first one is ḡ itself, the last
-    # one nothing, beside the eigenvector.
+    # Σ z_n (g_n − ḡ) is one weighted sum: the mean's share moves into the weights. The first one is ḡ itself; where
+    # there is an eigenvector, the last one is nothing beside it.
     signs = jax.random.rademacher(key, (num_probes, n), dtype=jnp.result_type(float))
     probes = (signs - signs.mean(axis=1, keepdims=True)) / jnp.sqrt(n - 1.0)
-    rows = jnp.concatenate([jnp.full((1, n), 1 / n), probes, jnp.zeros((1, n))])
-    squares, values, spreads = dataset.map(sizes, (rows, jnp.zeros(num_probes + 2).at[-1].set(1)), data=grads.batch)
+    rows = jnp.concatenate([jnp.full((1, n), 1 / n), probes, jnp.zeros((0 if leading is None else 1, n))])
+    shares = jnp.where(jnp.arange(len(rows)) > num_probes, 1.0, 0.0)
+    squares, values, spreads = dataset.map(sizes, (rows, shares), data=grads.batch)
     found = NoisyCurvature(
         gradient_squared=squares[0],
         along_gradient=values[0],
-        along_noise=values[1:-1].mean(),
-        standard_error=values[1:-1].std(ddof=1) / num_probes**0.5,
+        along_noise=values[1 : num_probes + 1].mean(),
+        standard_error=values[1 : num_probes + 1].std(ddof=1) / num_probes**0.5,
     )
     return found, spreads[-1]
 
