@@ -156,8 +156,12 @@ def panels():
 
 
 def curve(label, number, x, y):
-    """The least loss so far, at some of the steps: what a figure shows is all that the file keeps."""
+    """The least loss so far, at some of the steps: what a figure shows is all that the file keeps.
+
+    A loss that is down to rounding has no λ_max to tell, and a check then spends all the products that it may: these
+    steps would leave no room for the others.
+    """
     style = ("dashed", 6) if "best" in label else ("line", number)
-    every = -(-len(x) // POINTS)
-    some = lambda values: [float(f"{value:.4g}") for value in np.asarray(values)[::every]]
+    every, shown = -(-len(x) // POINTS), np.asarray(x) <= 2 * MOST
+    some = lambda values: [float(f"{value:.4g}") for value in np.asarray(values)[shown][::every]]
     return Series(label, some(x), some(np.minimum.accumulate(y)), *style)
