@@ -11,8 +11,18 @@ from jaxnet.lab._task import check_count
 HEARTBEAT = 20
 
 
-def join(devices: int | None, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def join(
+    devices: int | None,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    *,
+    heeds_sigterm: bool,
+) -> None:
     """Make the devices asked for, and join the other processes, before JAX starts.
+
+    JAX takes SIGTERM as news for whoever asks, and no process ends by it: where the job does not ask, as its
+    checkpoints would, JAX is told to leave the signal alone.
 
     Raises:
       UserError: the numbers do not fit, the processes cannot meet, or JAX cannot start.
@@ -29,6 +39,7 @@ def join(devices: int | None, coordinator: str | None, num_processes: int | None
         by_hand = coordinator != "auto"
         if by_hand and (num_processes is None or process_id is None):
             raise UserError("coordinator: with a host:port, --num-processes and --process-id have to be given too")
+        jax.config.update("jax_enable_preemption_service", heeds_sigterm)
         try:
             jax.distributed.initialize(
                 coordinator if by_hand else None,

@@ -170,7 +170,8 @@ def _run(command: Job | List | Doctor, console: Console) -> int:
     if isinstance(command, Experiment):
         known("experiment", command.name, [*experiments.names(), "all"])
     num_devices = getattr(command, "devices", None)
-    _processes.join(num_devices, command.coordinator, command.num_processes, command.process_id)
+    together = command.coordinator, command.num_processes, command.process_id
+    _processes.join(num_devices, *together, heeds_sigterm=isinstance(command, Train))
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the figures need matplotlib: pip install 'jaxnet[app]'")
     name, resume = type(command).__name__.lower(), getattr(command, "resume", False)

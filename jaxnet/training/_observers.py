@@ -35,8 +35,11 @@ class Checkpoints:
 
     When the run ends, by itself, by Ctrl-C, by SIGTERM or by an error, its last finished epoch is written too. Ctrl-C
     and SIGTERM wait until a checkpoint that is being written is whole; SIGKILL, which does not, leaves the one before.
-    Needs Orbax: ``pip install 'jaxnet[checkpoint]'``. With several processes each of them has this observer; Ctrl-C and
-    SIGTERM then write nothing, as one process cannot know that the others heard of it.
+    Needs Orbax: ``pip install 'jaxnet[checkpoint]'``.
+
+    With several processes each of them has this observer. Ctrl-C or SIGTERM to one of them ends all, at the end of the
+    same epoch, which is written; Ctrl-C a second time ends that process at once. An error of one writes nothing, as the
+    others do not know of it.
 
     Args:
       folder: for this run alone, on a disk that all processes see.
@@ -68,7 +71,8 @@ class Checkpoints:
         self._unsaved: FitProgress | None = None
         self._checked = False
         self._since = time.monotonic()
-        self._before: Any = None
+        self._asked = False
+        self._before: tuple[signal.Signals, Any] | None = None
 
     def resume(self, start: TrainState) -> TrainState | FitProgress:
         """What `fit` is to start from: the newest whole checkpoint of the folder, or ``start`` where it has none.
@@ -79,16 +83,19 @@ class Checkpoints:
         return restore(self._folder, start) if epochs_in(self._folder) else start
 
     def __enter__(self) -> "Checkpoints":
-        """Called by `fit`: clears away what a killed run left half-written, and listens for SIGTERM."""
+        """Called by `fit`: clears away what a killed run left half-written, and listens for signals."""
         orbax()
-        self._unsaved, self._checked, self._since = None, False, time.monotonic()
+        self._unsaved, self._checked, self._asked, self._since = None, False, False, time.monotonic()
         if jax.process_index() == 0 and self._folder.is_dir():
             for partial in self._folder.glob(f"*{PARTIAL}"):
                 shutil.rmtree(partial)
+        alone: tuple[Any, Any, Any] = (signal.SIGTERM, signal.SIG_DFL, _end)
+        # Of several processes JAX itself listens for SIGTERM.
+        several = (signal.SIGINT, signal.default_int_handler, self._ask)
+        number, usual, handler = alone if jax.process_count() == 1 else several
         # A handler of the caller's own is left alone.
-        alone = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
-        if alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            self._before = signal.signal(signal.SIGTERM, _end)
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) is usual:
+            self._before = number, signal.signal(number, handler)
         return self
 
     def __call__(self, progress: FitProgress) -> None:
@@ -96,8 +103,11 @@ class Checkpoints:
         if not self._checked:
             self._check_free(progress.epoch)
         self._unsaved = progress
-        if progress.epoch % self._every == 0 and self._is_time():
+        late, end = self._agreed(progress.epoch)
+        if end or (late and progress.epoch % self._every == 0):
             self._save()
+        if end:
+            raise end
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: types.TracebackType | None) -> None:
         """Called by `fit` at its end: writes what is not written yet."""
@@ -107,17 +117,31 @@ class Checkpoints:
         finally:
             self._unsaved = None
             if self._before is not None:
-                signal.signal(signal.SIGTERM, self._before)
+                signal.signal(*self._before)
                 self._before = None
 
-    def _is_time(self) -> bool:
-        late = time.monotonic() - self._since >= 60 * self._minutes
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
+    def _ask(self, number: int, frame: types.FrameType | None) -> None:
+        """Ctrl-C to one of several processes: the others have to hear of it first."""
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        warnings.warn("interrupted: all processes end with this epoch", RuntimeWarning, stacklevel=2)
 
-            # Clocks differ, and a checkpoint is written by all processes or by none.
-            late = bool(multihost_utils.broadcast_one_to_all(np.array(late)))
-        return late
+    def _agreed(self, epoch: int) -> tuple[bool, BaseException | None]:
+        """Whether it is time to write, and what ends the run here; the same in all processes."""
+        late = time.monotonic() - self._since >= 60 * self._minutes
+        if jax.process_count() == 1:
+            return late, None
+        from jax.experimental import multihost_utils
+
+        # Clocks differ, and a checkpoint is written by all processes or by none.
+        told = multihost_utils.process_allgather(np.array([late, self._asked]))
+        if told[:, 1].any():
+            return True, KeyboardInterrupt()
+        listens = jax.config.jax_enable_preemption_service  # type: ignore[attr-defined]
+        if listens and multihost_utils.reached_preemption_sync_point(epoch):
+            return True, SystemExit(128 + signal.SIGTERM)
+        return bool(told[0, 0]), None
 
     def _check_free(self, epoch: int) -> None:
         """Raise if the folder holds what another run would overwrite; remove what is damaged there."""
