@@ -5,7 +5,7 @@ import hashlib
 import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,13 @@ from jaxnet.lab._own import of_ones_own
 from jaxnet.learning_rate import Analysis
 from jaxnet.losses import Apply
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+# What the command line offers. In Python a configuration may hold any word, which `known` refuses.
+Model = Literal["linear", "mlp", "lenet"]
+Activation = Literal["tanh", "relu", "gelu", "sigmoid", "silu", "softplus"]
+Criterion = Literal["auto", "softmax_cross_entropy", "sigmoid_cross_entropy", "squared_error"]
+DType = Literal["float32", "float64"]
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
     "relu": jax.nn.relu,
     "gelu": jax.nn.gelu,
@@ -26,13 +32,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "softplus": jax.nn.softplus,
 }
-CRITERIA = {
+CRITERIA: dict[Criterion, losses.Criterion] = {
     "softmax_cross_entropy": losses.softmax_cross_entropy,
     "squared_error": losses.squared_error,
     "sigmoid_cross_entropy": losses.sigmoid_cross_entropy,
 }
 DATA = ("digits", "two-gaussians", "mnist1d", "mnist5k")
-MODELS = ("linear", "mlp", "lenet")
 # What counts is bounded, so that a slip of the keyboard is answered at once and in words.
 MOST, MOST_PARAMS = 10**6, 10**9
 # A file with more is read as a sample of its rows: in double precision, a copy or two, and the words that they were.
@@ -108,13 +113,13 @@ class TaskConfig:
 
     data: str = "digits"
     """digits, two-gaussians, mnist1d, mnist5k, or the path of an .npz, .csv or .tsv file."""
-    model: str = "mlp"
-    """linear, mlp or lenet."""
+    model: Model = "mlp"
+    """The network."""
     widths: tuple[int, ...] = (128, 128)
     """Widths of the mlp's hidden layers."""
-    activation: str = "tanh"
-    """tanh, relu, gelu, sigmoid, silu or softplus."""
-    criterion: str = "auto"
+    activation: Activation = "tanh"
+    """Of the hidden layers."""
+    criterion: Criterion = "auto"
     """softmax_cross_entropy or sigmoid_cross_entropy: targets are classes.
     squared_error: a file's targets are numbers; the digits of a built-in set are one-hot.
     auto: softmax_cross_entropy for words and for integers 0, 1, 2, …, else squared_error."""
@@ -138,8 +143,8 @@ class TaskConfig:
     """Its examples, likewise."""
     seed: int = 0
     """Of the initial parameters, the data's order and all random vectors."""
-    dtype: str = "float32"
-    """float32 or float64."""
+    dtype: DType = "float32"
+    """Of all computations."""
     devices: int | None = None
     """So many devices, each with its part of the examples: of a CPU so many are made, of others the first are taken."""
 
@@ -150,7 +155,7 @@ def keys_of(config: TaskConfig, count: int) -> Array:
     Raises:
       UserError: the seed or the dtype is none that can be used.
     """
-    known("dtype", config.dtype, ("float32", "float64"))
+    known("dtype", config.dtype, get_args(DType))
     check_seed(config.seed)
     return jax.random.split(jax.random.key(config.seed), count)
 
@@ -213,9 +218,10 @@ def make_task(config: TaskConfig, *, key: Array) -> Task:
             params, batch, _, row = on_devices(config.devices, params, batch, None)
             rows.append(row)
         return Task(loss, None, params, batch, None, False, str(config.loss), rows, digest)
-    known("model", config.model, MODELS)
-    activation = ACTIVATIONS[known("activation", config.activation, ACTIVATIONS)]
-    known("criterion", config.criterion, ("auto", *CRITERIA))
+    known("model", config.model, get_args(Model))
+    known("activation", config.activation, ACTIVATIONS)
+    activation = ACTIVATIONS[config.activation]
+    known("criterion", config.criterion, get_args(Criterion))
     for width in config.widths:
         check_count("widths", width)
     data_key, init_key = jax.random.split(key)
@@ -310,7 +316,7 @@ def _load(
 class _Reading(NamedTuple):
     """What targets mean: by their criterion and their type, never by their values."""
 
-    criterion: str
+    criterion: Criterion
     fit: Callable[[np.ndarray], Array]
     """Targets to the criterion's form."""
     num_outputs: int | None

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,8 @@ from jaxnet.lab.record import Claim, Record
 from jaxnet.learning_rate import Analysis, MeasuredStability
 
 MOMENTUM = 0.9
-OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+Optimizer = Literal["sgd", "momentum", "nesterov", "adam", "adamw", "nadam", "amsgrad", "rmsprop", "lion"]
+OPTIMIZERS: dict[Optimizer, Callable[[Any], optax.GradientTransformation]] = {
     "sgd": optax.sgd,
     "momentum": functools.partial(optax.sgd, momentum=MOMENTUM),
     "nesterov": functools.partial(optax.sgd, momentum=MOMENTUM, nesterov=True),
@@ -52,8 +53,8 @@ class AnalyseConfig(TaskConfig):
 
     batch_size: int = 32
     """B of the mini-batch run."""
-    optimizer: str = "sgd"
-    """What trains: sgd, momentum or nesterov (β = 0.9), adam, adamw, nadam, amsgrad, rmsprop or lion."""
+    optimizer: Optimizer = "sgd"
+    """What trains; momentum and nesterov with β = 0.9."""
     learning_rate: float | None = None
     """A rate of your own for the full-batch run, in place of the derived one."""
     num_epochs: int = 30

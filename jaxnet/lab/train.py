@@ -5,7 +5,7 @@ import importlib.util
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ from jaxnet.contract import Array, check_batch_size
 from jaxnet.lab import _panels, record
 from jaxnet.lab._resumed import as_read, check_same_job
 from jaxnet.lab._task import OnStage, Task, TaskConfig, check_count, check_own_rate, keys_of, known, make_task, rate_of
-from jaxnet.lab.analyse import OPTIMIZERS, answer
+from jaxnet.lab.analyse import OPTIMIZERS, Optimizer, answer
 from jaxnet.lab.record import Record
 
-SCHEDULES = ("linear", "constant")
+Schedule = Literal["linear", "constant"]
 # From one checkpoint to the next; what ends in any way but by SIGKILL leaves its last epoch too.
 MINUTES = 1.0
 
@@ -30,11 +30,11 @@ class TrainConfig(TaskConfig):
 
     batch_size: int = 32
     """B, the examples of a step; N, as many as there are to train on, is the full batch."""
-    optimizer: str = "sgd"
-    """What trains: sgd, momentum or nesterov (β = 0.9), adam, adamw, nadam, amsgrad, rmsprop or lion."""
+    optimizer: Optimizer = "sgd"
+    """What trains; momentum and nesterov with β = 0.9."""
     learning_rate: float | None = None
     """A rate of your own, in place of the derived one."""
-    schedule: str = "linear"
+    schedule: Schedule = "linear"
     """linear: the rate falls to 0 in a straight line, with a warm-up where it is above the limit of stability at first.
     constant: it stays."""
     num_epochs: int = 30
@@ -58,7 +58,7 @@ def stages(
       UserError: before the first yield, if the configuration does not hold together, or ``begun`` is of another job.
     """
     known("optimizer", config.optimizer, OPTIMIZERS)
-    known("schedule", config.schedule, SCHEDULES)
+    known("schedule", config.schedule, get_args(Schedule))
     check_own_rate(config.learning_rate, config.dtype)
     check_count("num_epochs", config.num_epochs)
     keys = keys_of(config, 3)

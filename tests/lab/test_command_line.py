@@ -83,7 +83,9 @@ def test_help_is_tyros_own_and_names_every_command(capsys):
         assert word in printed
 
 
-@pytest.mark.parametrize(("typed", "wanted"), [("tr", "train"), ("train --sched", "--schedule")])
+@pytest.mark.parametrize(
+    ("typed", "wanted"), [("tr", "train"), ("train --sched", "--schedule"), ("train --optimizer ad", "adamw")]
+)
 def test_bash_completes(typed, wanted):
     with pytest.raises(SystemExit) as end:
         cli.run(["--tyro-write-completion", "bash", "completion"])

@@ -1,8 +1,11 @@
+from typing import get_args
+
 import jax
 import numpy as np
 import pytest
 
 from jaxnet.contract import UserError
+from jaxnet.lab import _task, analyse
 from jaxnet.lab._task import TaskConfig, make_task, rate_of
 
 KEY = jax.random.key(0)
@@ -10,6 +13,16 @@ KEY = jax.random.key(0)
 
 def task(**config):
     return make_task(TaskConfig(**config), key=KEY)
+
+
+def test_what_the_command_line_offers_is_what_is_there():
+    for offered, there in (
+        (analyse.Optimizer, analyse.OPTIMIZERS),
+        (_task.Activation, _task.ACTIVATIONS),
+        (_task.Criterion, ("auto", *_task.CRITERIA)),
+        (_task.Model, _task.CHUNK),
+    ):
+        assert set(get_args(offered)) == set(there)
 
 
 @pytest.mark.parametrize("data", ["digits", "two-gaussians", "mnist1d", "mnist5k"])

@@ -89,7 +89,7 @@ def test_what_cannot_be_gone_on_with_is_refused(whole, capsys):
     for arguments, words in {
         "--num-epochs 3 --schedule constant": "begun with --num-epochs 4, now 3",
         "--num-epochs 4 --schedule constant --seed 1": "begun with --seed 0, now 1",
-        "--num-epochs 4 --schedule nope": "unknown schedule 'nope': known are linear, constant",
+        "--num-epochs 4 --schedule nope": "'--schedule'. Expected one of ('linear', 'constant')",
         "--num-epochs 4 --learning-rate -1": "learning_rate: expected positive and finite",
     }.items():
         assert job(f"{arguments} --resume", whole) == 2
