@@ -22,7 +22,7 @@ from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
 from jaxnet.curvature import _lanczos
 from jaxnet.curvature._operators import LinearOperator, check_deterministic, flattened, inner, unflattened
-from jaxnet.curvature._search import ROUNDING, values_of
+from jaxnet.curvature._search import product_error, rounding_of, values_of
 
 LEADING = 3
 """How many vectors are followed from check to check."""
@@ -44,6 +44,7 @@ class Leading(NamedTuple):
       residual_norm: ‖Av − θv‖ of the first.
       num_matvecs: products spent.
       converged: whether the estimate of θ's error is within the tolerance, and that is above what rounding leaves.
+      product_error: how far rounding may take a product of a unit vector, as `Sharpness` has it.
     """
 
     value: Array
@@ -51,6 +52,7 @@ class Leading(NamedTuple):
     residual_norm: Array
     num_matvecs: Array
     converged: Array
+    product_error: Array
 
 
 class _State(NamedTuple):
@@ -63,6 +65,7 @@ class _State(NamedTuple):
     following: Any
     value: Array
     residual_norm: Array
+    disagreement: Array
     num_matvecs: Array
     settled: Array
     told: Array
@@ -119,6 +122,7 @@ def followed(op: LinearOperator, starts: ArrayTree, tol: Array | float, key: Arr
         residual_norm=jnp.where(end.failed, jnp.nan, end.residual_norm),
         num_matvecs=end.num_matvecs,
         converged=end.settled & end.told & jnp.isfinite(value),
+        product_error=product_error(jnp.abs(end.projected).max(), end.disagreement),
     )
 
 
@@ -153,7 +157,7 @@ def _empty(given: Any, room: int) -> _State:
     none, dtype = jnp.zeros((), jnp.int32), jnp.promote_types(jnp.result_type(*jax.tree.leaves(given)), jnp.float32)
     zero, no = jnp.zeros((), dtype), jnp.array(False)
     first = jax.tree.map(lambda x: x[0], given)
-    return _State(rows(), rows(), jnp.zeros((room, room), dtype), none, first, zero, zero, none, no, no, no)
+    return _State(rows(), rows(), jnp.zeros((room, room), dtype), none, first, zero, zero, zero, none, no, no, no)
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -180,6 +184,9 @@ def _absorbed(state: _State, image: Any, tol: Array | float, count: int) -> _Sta
     put = lambda rows, v: jax.tree.map(lambda q, x: q.at[j].set(x.astype(q.dtype)), rows, v)
     basis, images = put(state.basis, state.following), put(state.images, image)
     column = _lanczos.coefficients(basis, image)
+    # q_i·Aq_j and Aq_i·q_j are the same but for rounding: the residual says nothing below what they differ by.
+    apart = jnp.where(jnp.arange(room) < j, column - _lanczos.coefficients(state.images, state.following), 0)
+    disagreement = jnp.maximum(state.disagreement, _lanczos.norm(apart))
     projected = state.projected.at[:, j].set(column).at[j, :].set(column)
     values, coefficients = _lanczos.eigenpairs(projected, j + 1)
     top = coefficients[:, -1]
@@ -188,7 +195,7 @@ def _absorbed(state: _State, image: Any, tol: Array | float, count: int) -> _Sta
     length, num = _lanczos.norm(residual), state.num_matvecs + 1
     gap = values[-1] - values[max(room - 2, 0)]
     estimate = jnp.where(gap > 0, jnp.minimum(length, length * (length / jnp.where(gap > 0, gap, 1))), length)
-    rounding = ROUNDING * jnp.finfo(values.dtype).eps * jnp.abs(values).max()
+    rounding = rounding_of(jnp.abs(values).max(), disagreement)
     allowed = jnp.maximum(tol * jnp.abs(values[-1]), rounding)
     small = (estimate <= allowed) & (length <= jnp.maximum(allowed, jnp.minimum(_TIMES * allowed, _SHARE * values[-1])))
     dimension = sum(x.size for x in jax.tree.leaves(state.following))
@@ -200,6 +207,7 @@ def _absorbed(state: _State, image: Any, tol: Array | float, count: int) -> _Sta
         following=residual,
         value=values[-1],
         residual_norm=length,
+        disagreement=disagreement,
         num_matvecs=num,
         settled=small & (num > count) | (j + 1 >= dimension),
         told=(tol * jnp.abs(values[-1]) >= rounding) | (j + 1 >= dimension),

@@ -31,6 +31,8 @@ class Lanczos(NamedTuple):
       beta: the norm of the last residual; 0 after a breakdown.
       size: j, how many steps the basis holds.
       scale: the largest norm of a product so far, an estimate of ‖A‖ from below.
+      coupling: (m,) Qᵀ A q_j of the next vector, as the products before have it, since A is symmetric.
+      disagreement: the most by which the product itself had that otherwise; in exact arithmetic 0.
     """
 
     basis: ArrayTree
@@ -38,6 +40,8 @@ class Lanczos(NamedTuple):
     beta: Array
     size: Array
     scale: Array
+    coupling: Array
+    disagreement: Array
 
 
 class Ritz(NamedTuple):
@@ -134,6 +138,8 @@ def init(start: ArrayTree, num_steps: int) -> Lanczos:
         beta=zero,
         size=jnp.zeros((), jnp.int32),
         scale=zero,
+        coupling=jnp.zeros(num_steps, zero.dtype),
+        disagreement=zero,
     )
 
 
@@ -176,13 +182,16 @@ def extend(state: Lanczos, product: ArrayTree) -> Lanczos:
 
     more = lambda at: (at.passes < 2) | (broken(at) & (at.passes < 4))
     end = lax.while_loop(more, sweep, _Pass(product, column, zero, zero, jnp.zeros((), jnp.int32)))
-    column = end.column[:-1]
+    column, beta = end.column[:-1], jnp.where(broken(end), 0, end.beta)
+    apart = jnp.where(jnp.arange(column.size) < j, column - state.coupling, 0)
     return Lanczos(
         basis=_set_row(state.basis, j + 1, scaled(end.w, end.length)),
         projected=state.projected.at[:, j].set(column).at[j, :].set(column),
-        beta=jnp.where(broken(end), 0, end.beta),
+        beta=beta,
         size=j + 1,
         scale=size_of(end),
+        coupling=jnp.zeros_like(column).at[j].set(beta),
+        disagreement=jnp.maximum(state.disagreement, norm(apart)),
     )
 
 
@@ -235,4 +244,5 @@ def restart(state: Lanczos, found: Ritz, kept: Array) -> Lanczos:
         basis=jax.tree.map(leaf, state.basis),
         projected=jnp.zeros_like(state.projected).at[jnp.arange(p), jnp.arange(p)].set(found.values[kept]),
         size=jnp.array(p, jnp.int32),
+        coupling=jnp.zeros_like(state.coupling).at[:p].set(state.beta * found.coefficients[state.size - 1, kept]),
     )

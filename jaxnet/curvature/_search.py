@@ -32,7 +32,10 @@ _ALONE = 0.3
 # Of a warm start no chance is known; the estimate alone decides.
 _WARM_IN_A_ROW = 2
 # What rounding leaves of an eigenvalue, in eps‖A‖, and the steps from which on it adds up.
-ROUNDING, _MANY = 4, 1000
+_ROUNDING, _MANY = 4, 1000
+# A product's error, in units of what it and others disagree by on entries of a matrix that is symmetric: those are the
+# part of it that the basis sees.
+_UNSEEN_ERROR = 3
 # How many discarded Ritz values the bound remembers.
 _ROOM = 512
 # Products after which a search ends at the latest.
@@ -239,15 +242,15 @@ class Eigensolver:
             failed=~jnp.isfinite(state.beta),
         )
         wanted = rank(self.which, found)[: self.k]
-        small, alone = _accurate(found, wanted, state.scale, tol)
+        small, alone = _accurate(found, wanted, _rounding_in(state), tol)
         near, far = (False, False) if self.warm else _seen(self, search, tol)
         agreed = jnp.where(small if self.warm else alone & far, search.agreed + 1, 0)
         exhausted = (state.size == self.basis) & (self.basis == self.space.size)
         settled = exhausted | (agreed >= (_WARM_IN_A_ROW if self.warm else _IN_A_ROW))
         if self.certified:
             settled = settled | (small & near)
-        summed = ROUNDING * jnp.sqrt(1 + search.num_matvecs / _MANY)
-        told = (tol * jnp.abs(found.values[wanted]) >= summed * jnp.finfo(found.values.dtype).eps * state.scale).all()
+        summed = jnp.sqrt(1 + search.num_matvecs / _MANY)
+        told = (tol * jnp.abs(found.values[wanted]) >= summed * _rounding_in(state)).all()
         return search._replace(agreed=agreed, settled=settled, told=told | exhausted)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -335,7 +338,30 @@ def rank(which: str, found: _lanczos.Ritz) -> Array:
     return jnp.argsort(jnp.where(found.filled, order, jnp.inf))
 
 
-def _accurate(found: _lanczos.Ritz, wanted: Array, scale: Array, tol: Array | float) -> tuple[Array, Array]:
+def rounding_of(norm: Array, disagreement: Array) -> Array:
+    """What is left of an eigenvalue below which nothing is known, for a matrix of that norm."""
+    return jnp.maximum(_of_norm(norm), product_error(norm, disagreement))
+
+
+def product_error(norm: Array, disagreement: Array) -> Array:
+    """How far products of unit vectors are from a symmetric matrix's, beyond what any product is rounded by.
+
+    Where a product is the difference of large intermediate results, as for a loss that is all but 0, it is rounded to
+    their size and not to its own. How far products then disagree within a basis, as entries of a symmetric matrix,
+    tells of it.
+    """
+    return _UNSEEN_ERROR * jnp.maximum(disagreement - _of_norm(norm), 0)
+
+
+def _of_norm(norm: Array) -> Array:
+    return _ROUNDING * jnp.finfo(norm.dtype).eps * norm
+
+
+def _rounding_in(state: _lanczos.Lanczos) -> Array:
+    return rounding_of(state.scale, state.disagreement)
+
+
+def _accurate(found: _lanczos.Ritz, wanted: Array, rounding: Array, tol: Array | float) -> tuple[Array, Array]:
     """Whether the estimate min(r, r²/gap) of every wanted value's error is within the tolerance, and whether r is."""
     values, residuals = found.values[wanted], found.residual_norms[wanted]
     distance = jnp.abs(found.values[None, :] - values[:, None])
@@ -345,7 +371,7 @@ def _accurate(found: _lanczos.Ritz, wanted: Array, scale: Array, tol: Array | fl
     estimate = jnp.where(jnp.isinf(gap), residuals, jnp.minimum(residuals, residuals * (residuals / gap)))
     # Twins at rounding distance leave gap = 0 and an estimate of NaN or inf: the residual decides.
     estimate = jnp.where(jnp.isfinite(estimate), estimate, residuals)
-    allowed = jnp.maximum(tol * jnp.abs(values), ROUNDING * jnp.finfo(values.dtype).eps * scale)
+    allowed = jnp.maximum(tol * jnp.abs(values), rounding)
     here = found.filled[wanted].all()
     return here & (estimate <= allowed).all(), here & (residuals <= _ALONE * allowed).all()
 
@@ -365,7 +391,7 @@ def _seen(solver: Eigensolver, search: Search, tol: Array | float) -> tuple[Arra
     for sign, end, gap in ends:
         # Of the largest magnitude, what lies within that magnitude does not matter.
         end = sign * norm if solver.which == "LM" else end
-        tolerated = jnp.maximum(tol * jnp.abs(end), ROUNDING * jnp.finfo(norm.dtype).eps * norm)
+        tolerated = jnp.maximum(tol * jnp.abs(end), rounding_of(norm, search.lanczos.disagreement))
         wider = jnp.maximum(tolerated, jnp.minimum(_OF_GAP * gap, _OF_NORM * norm))
         near &= _bound.log_sum(search.polynomials, end + sign * tolerated) > target
         far &= _bound.log_sum(search.polynomials, end + sign * wider) > target

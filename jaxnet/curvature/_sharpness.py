@@ -16,7 +16,7 @@ from jaxnet.curvature._follow import LEADING, Leading, followed
 from jaxnet.curvature._hessian import chosen, hessian, quadratic_forms
 from jaxnet.curvature._operators import LinearOperator, flattened, inner, unflattened
 from jaxnet.curvature._products import Differences, HessianProduct, by_derivatives, words_of
-from jaxnet.curvature._search import Eigensolver
+from jaxnet.curvature._search import Eigensolver, product_error
 from jaxnet.mesh import check_together
 
 # Examples whose own Hessian products are taken together.
@@ -42,8 +42,10 @@ class Sharpness:
         starts: one alone would hide what has overtaken it. The eigenvector alone where ``ncv`` was given.
       sampling_error: the standard error of vᵀHv over the examples, √(Var vᵀH_n v/N): how far, to first order, λ_max of
         the distribution that the batch was drawn from may be; NaN unless asked for.
-      product_error: how far a product may be from Hv, for a unit v: of differences, the most by which those of twice
-        the step differ along ``leading``, which overestimates it where the step is short enough; 0 of derivatives.
+      product_error: how far a product may be from Hv, for a unit v. Of derivatives that is rounding, by how far the
+        products disagree on entries of a symmetric matrix: 0, but where the loss is all but 0 and the Hessian the
+        difference of larger numbers. Of differences, the most by which those of twice the step
+        differ along ``leading``, which overestimates it where the step is short enough.
       product: how Hv was had, "forward over reverse", "reverse over reverse" or "differences of gradients".
     """
 
@@ -153,13 +155,16 @@ def _measure(
             pairs.residual_norms[0],
             pairs.num_matvecs,
             pairs.converged,
+            product_error(end.lanczos.scale, end.lanczos.disagreement),
         )
         bound = _bound.upper_bound(end.polynomials, lax.stop_gradient(found.value), target)
         bound = jnp.where(end.rough, jnp.nan, bound)
     else:
         found = followed(op, v0, tol, key, solver.max_matvecs)
         bound = jnp.full_like(found.value, jnp.nan)
-    error = _product_error(matrix, way, found.vectors) if isinstance(way, Differences) else jnp.zeros_like(found.value)
+    error = found.product_error
+    if isinstance(way, Differences):
+        error = jnp.maximum(error, _of_differences(matrix, way, found.vectors))
     vector = jax.tree.map(lambda x: x[0], found.vectors)
     spread = jnp.full_like(bound, jnp.nan)
     if sampling_error:
@@ -181,7 +186,7 @@ def _measure(
     )
 
 
-def _product_error(op: LinearOperator, way: Differences, vectors: ArrayTree) -> Array:
+def _of_differences(op: LinearOperator, way: Differences, vectors: ArrayTree) -> Array:
     params, data = op.operands
     other = hessian(op.product.of_batch.loss, params, data, product=way.doubled)  # type: ignore[attr-defined]
     apart = dataset.map(lambda v: optax.tree.norm((op - other) @ v), vectors, data=data)

@@ -133,7 +133,9 @@ def scale_by_sharpness(
             found = follow(op, state.leading, _TOLERANCE, key=jax.random.fold_in(key, state.num_checks))
             value = found.value.astype(state.sharpness.dtype)
             known = jnp.isfinite(value) & (value != 0)
-            wanted = own / jnp.abs(jnp.where(known, value, 1))
+            # Where rounding hides λ_max, as in a loss that is rounding too, it may be larger by as much as is hidden.
+            hidden = jnp.where(found.converged, 0, found.residual_norm).astype(value.dtype)
+            wanted = own / (jnp.abs(jnp.where(known, value, 1)) + jnp.where(known, hidden, 0))
             return state._replace(
                 rate=jnp.where(known & ((state.rate == 0) | (value > 0)), wanted, state.rate),
                 sharpness=value,

@@ -191,6 +191,8 @@ class Analysis:
         """The lines of its table: (quantity, value, remark)."""
         s, d = self.sharpness, self.derived
         verdict = "converged" if s.converged else "NOT converged"
+        if not s.converged and s.product_error > 0:
+            verdict += f": products are rounded by {float(s.product_error):.1g}, take float64"
         simple = "|G|² resolved" if self.noise.resolved else "|G|² not resolved: no figure"
         smallest, name = d.batch_sizes[0], self.optimizer
         recommended = [

@@ -79,6 +79,16 @@ def test_what_rounding_hides_is_not_called_converged():
     assert follow(op, starts, 1e-1, key=KEY).converged
 
 
+@pytest.mark.parametrize(("margin", "told"), [(5, True), (20, False), (60, False)])
+def test_a_search_ends_where_products_are_rounding(all_but_certain, margin, told):
+    loss, params, batch, true = all_but_certain(margin)
+    op = curvature.hessian(loss, params, batch)
+    found = follow(op, op.space.zeros(), 0.05, key=KEY)
+    assert int(found.num_matvecs) <= 20
+    assert found.converged == told
+    np.testing.assert_allclose(found.value, true, rtol=0.05 if told else 0.6)
+
+
 def test_what_is_not_finite_fails():
     d = jnp.ones(5).at[2].set(jnp.nan)
     found = follow(LinearOperator(lambda d, v: d * v, Space.of(d), d), jnp.ones(5), 1e-3, key=KEY)

@@ -65,6 +65,21 @@ def test_the_identity_survives_a_restart(x64):
     np.testing.assert_allclose(a @ q[:10].T, q[:10].T @ t + residual, atol=1e-11)
 
 
+def test_what_products_have_to_agree_on_is_known_before_the_next_one(x64):
+    a = matrix(1, 30)
+    full = run(a, 10, 10)
+    for state in (full, _lanczos.restart(full, _lanczos.ritz(full), jnp.array([9, 8, 0]))):
+        j = int(state.size)
+        q = flat(state.basis)
+        np.testing.assert_allclose(np.asarray(state.coupling)[:j], q[:j] @ a @ q[j], atol=1e-12)
+        assert state.disagreement < 1e-12
+    skew = matrix(2, 30)
+    skew = jnp.triu(skew, 1) - jnp.triu(skew, 1).T
+    state = run(a + 1e-3 * skew, 2, 10)
+    q = flat(state.basis)
+    np.testing.assert_allclose(state.disagreement, abs(2e-3 * q[0] @ skew @ q[1]), rtol=1e-9)
+
+
 def test_a_breakdown_goes_on_in_a_new_direction(x64):
     a = jnp.diag(jnp.array([3.0, 3, 3, 1, 1]))  # two distinct values: every Krylov space has two dimensions
     state = run(a, 5, 5)

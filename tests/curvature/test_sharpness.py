@@ -193,3 +193,16 @@ def test_params_in_half_precision_are_certified_as_the_same_numbers_in_float32(d
     half = lambda p, b: loss(jax.tree.map(lambda x: x.astype(dtype), p), (b[0].astype(dtype), b[1])).astype(jnp.float32)
     found = curvature.sharpness(half, rounded, batch, key=KEY)
     assert jnp.isnan(found.upper_bound)
+
+
+@pytest.mark.parametrize("margin", [5, 8, 12, 14])
+def test_rounding_of_a_loss_that_is_all_but_zero_is_in_the_bound_and_the_verdict(all_but_certain, margin):
+    loss, params, batch, true = all_but_certain(margin)
+    for seed in range(5):
+        found = curvature.sharpness(loss, params, batch, key=jax.random.key(seed))
+        assert found.upper_bound >= true
+        assert abs(found.value - true) <= found.product_error + 1e-3 * true
+        assert found.converged == (margin < 10)
+        warm = curvature.sharpness(loss, params, batch, v0=found.leading, key=jax.random.key(seed))
+        assert abs(warm.value - true) <= 2 * warm.product_error + 1e-3 * true
+        assert warm.converged == (margin < 10)
