@@ -197,7 +197,8 @@ def test_the_error_of_differences_is_bounded_by_its_estimate():
             assert missed < 1.5 * estimate, step
 
 
-@pytest.mark.parametrize("keeps_its_parts", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("keeps_its_parts", [True, False])
 def test_analyse_of_a_network_with_a_reverse_rule_only_is_the_plain_ones(x64, keeps_its_parts):
     params, batch, _ = problem()
     found = []

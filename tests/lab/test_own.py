@@ -36,6 +36,7 @@ def folder(tmp_path, monkeypatch):
     sys.modules.pop("ones_own", None)
 
 
+@pytest.mark.slow
 def test_it_is_analysed_like_any_other(folder):
     arguments = "--loss ones_own:Net.loss --params ones_own:params --batch ones_own:batch --num-epochs 2 --batch-size 8"
     arguments += " --devices 1"

@@ -95,7 +95,7 @@ def test_in_one_dimension_the_limit_for_a_batch_is_exact():
 SIZES = (1, 4, 16, 64, 100)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_the_limit_of_a_quadratic_lies_in_its_bracket(momentum, x64):
     """Against the exact limit of SGD; with momentum, against the growth of the second moment of a linear recurrence."""
     neuron = nn.linear_neuron()
@@ -190,7 +190,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [pytest.param("momentum", marks=pytest.mark.slow), "adamw", "chain"])
 def test_training_at_the_derived_rate_is_near_the_best_of_a_sweep(analysed, name):
     """After five epochs; each rate's loss by the mean of three orders."""
     loss, params, batch, _ = analysed
@@ -273,10 +273,10 @@ def test_the_sampling_error_is_that_of_the_sharpness_alone(x64):
     model = nn.mlp([4, 3], activation=jnp.tanh)
     batch = (jax.random.normal(KEY, (40, 5)), jnp.arange(40) % 3)
     loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
-    for given in (loss, losses.chunked(loss, 16)):
-        found = learning_rate.analyse(given, model.init(KEY, (5,)), batch, key=KEY, tol=1e-8).sharpness
-        alone = curvature.sharpness(given, model.init(KEY, (5,)), batch, key=KEY, tol=1e-8, sampling_error=True)
-        np.testing.assert_allclose(found.sampling_error, alone.sampling_error, rtol=1e-6)
+    loss = losses.chunked(loss, 16)
+    found = learning_rate.analyse(loss, model.init(KEY, (5,)), batch, key=KEY, tol=1e-8).sharpness
+    alone = curvature.sharpness(loss, model.init(KEY, (5,)), batch, key=KEY, tol=1e-8, sampling_error=True)
+    np.testing.assert_allclose(found.sampling_error, alone.sampling_error, rtol=1e-6)
 
 
 # Traces of the network, and programs, at a first call.

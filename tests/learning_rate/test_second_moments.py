@@ -61,8 +61,8 @@ def growth(examples, response, share, beta, averaged, rate):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [pytest.param("sgd", 1, marks=pytest.mark.slow), pytest.param("sgd", 4, marks=pytest.mark.slow), ("momentum", 4),
-     ("adam", 1)],
+    [pytest.param("sgd", 1, marks=pytest.mark.slow), pytest.param("sgd", 4, marks=pytest.mark.slow),
+     pytest.param("momentum", 4, marks=pytest.mark.slow), ("adam", 1)],
 )  # fmt: skip
 def test_where_all_examples_are_followed_it_is_exact(name, size, x64):
     """Thirty examples of rank one: nothing is left out, and the ends are the limit less and more the margin."""
@@ -103,7 +103,8 @@ def test_examples_of_a_rank_above_two(size, x64):
     assert low < exact < high
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 8])
 def test_a_population_of_runs_grows_within_the_bracket(size, x64):
     """On targets that are the network's own outputs, where the examples' Hessians are their Gauss–Newton matrices."""
     network = nn.mlp([8, 4], activation=jnp.tanh)

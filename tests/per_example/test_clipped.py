@@ -36,7 +36,7 @@ def same(a, b, tolerance=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * scale), a, b)
 
 
-@pytest.mark.parametrize("name", ["lenet", "transformer"])
+@pytest.mark.parametrize("name", ["lenet", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_it_is_what_optax_aggregates(name):
     loss, params, batch = network(name)
     grads = by_hand(loss, params, batch)
