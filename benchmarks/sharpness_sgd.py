@@ -156,11 +156,7 @@ def panels():
 
 
 def curve(label, number, x, y):
-    """The least loss so far, at some of the steps: what a figure shows is all that the file keeps.
-
-    A loss that is down to rounding has no λ_max to tell, and a check then spends all the products that it may: these
-    steps would leave no room for the others.
-    """
+    """The least loss so far, at some of the steps: what a figure shows is all that the file keeps."""
     style = ("dashed", 6) if "best" in label else ("line", number)
     every, shown = -(-len(x) // POINTS), np.asarray(x) <= 2 * MOST
     some = lambda values: [float(f"{value:.4g}") for value in np.asarray(values)[shown][::every]]

@@ -26,7 +26,7 @@ LIBRARY = [path for path in FILES if path.relative_to(PACKAGE).parts[0] not in (
 ROOMS = ["jaxnet", *(f"jaxnet.{room}" for floor in FLOORS[1:-1] for room in sorted(floor)), "jaxnet.lab.experiments"]
 # Inside the laboratory too an arrow points down.
 LAB = [
-    {"record", "_compiled", "_folders"},
+    {"record", "_compiled", "_folders", "_progress"},
     {"_devices", "_own", "_landscapes"},
     {"_task", "_panels"},
     {"plots", "_runs", "_processes", "_resumed", "_terminal"},

@@ -1,7 +1,6 @@
 """The runs of the main job: training at a derived rate, λ_max along it, and a sweep beside it."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import numpy as np
 from jaxnet import curvature, losses, training
 from jaxnet.contract import Array, MakeOptimizer
 from jaxnet.lab import record
+from jaxnet.lab._progress import Share
 from jaxnet.lab._task import Task
 from jaxnet.lab.record import Line, Panel, Record, Series
 
@@ -48,7 +48,7 @@ def train(
     rate: float,
     num_epochs: int,
     key: Array,
-    share: Callable[[float], None],
+    share: Share,
 ) -> Run:
     """A run at a rate, with λ_max along it, and the sweep that it is held against: the derived rate's neighbours."""
     followed = curvature.track(task.loss, task.sample, key=key).observer(task.params)

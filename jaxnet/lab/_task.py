@@ -49,9 +49,6 @@ CHUNK = {"linear": 2000, "mlp": 2000, "lenet": 100}
 # would take minutes.
 MANY_EXAMPLES = 2000
 
-OnStage = Callable[[str, float], None]
-"""Called with a stage in words and the share of the whole job done."""
-
 
 def known(kind: str, name: str, names: Any) -> str:
     """``name``, if it is one of ``names``.

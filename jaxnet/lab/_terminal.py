@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from jaxnet.lab import _compiled
-from jaxnet.lab._task import OnStage
+from jaxnet.lab._progress import OnStage
 
 # Columns of what is no terminal: no table is wider.
 _WHOLE = 10_000

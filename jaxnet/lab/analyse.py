@@ -13,18 +13,9 @@ import optax
 from jaxnet import contract, curvature, learning_rate
 from jaxnet.contract import Array, check_batch_size
 from jaxnet.lab import _panels, _runs, record
+from jaxnet.lab._progress import OnStage, Share
 from jaxnet.lab._resumed import as_read, check_same_job
-from jaxnet.lab._task import (
-    OnStage,
-    Task,
-    TaskConfig,
-    check_count,
-    check_own_rate,
-    checked_rate,
-    keys_of,
-    known,
-    make_task,
-)
+from jaxnet.lab._task import Task, TaskConfig, check_count, check_own_rate, checked_rate, keys_of, known, make_task
 from jaxnet.lab.record import Claim, Record
 from jaxnet.learning_rate import Analysis, MeasuredStability
 
@@ -99,7 +90,7 @@ def stages(
         rate = own if own is not None and batch_size is None else derived
         # Of the default job, the analysis takes half; of a run, its sweep more than the training before it.
         words, begins = f"training, {name}", 0.5 + 0.12 * number
-        share: Callable[[float], None] = lambda done: on_stage(words, begins + 0.05 * done)
+        share: Share = lambda done: on_stage(words, begins + 0.05 * done)
         run = _runs.train(
             task, name, OPTIMIZERS[config.optimizer], batch_size,
             derived=derived, rate=rate, num_epochs=config.num_epochs, key=keys[2], share=share,

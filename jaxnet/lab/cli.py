@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -29,6 +30,7 @@ from jaxnet.contract import UserError
 from jaxnet.lab import _compiled, _processes, doctor, experiments, report, spectrum, train
 from jaxnet.lab import analyse as main_job
 from jaxnet.lab._folders import folder_of
+from jaxnet.lab._progress import Share
 from jaxnet.lab._task import known
 from jaxnet.lab._terminal import progress, show
 from jaxnet.lab.record import Record
@@ -301,10 +303,11 @@ def _experiment(command: Experiment, folder: pathlib.Path, console: Console) -> 
     chosen = experiments.names() if several else [command.name]
     records: dict[str, Record] = {}
     with progress() as on_stage:
-        for number, name in enumerate(chosen):
-            on_stage(name, number / len(chosen))
+        for name, (first, last) in zip(chosen, itertools.pairwise(experiments.parts(chosen)), strict=True):
+            share: Share = lambda done: on_stage(name, first + (last - first) * done)
+            share(0.0)
             begins = time.monotonic()
-            records[name] = experiments.run(name, seed=command.seed)
+            records[name] = experiments.run(name, seed=command.seed, share=share)
             _finish(records[name], folder / name if several else folder, command, console, time.monotonic() - begins)
     _end(records, folder, command)
     return DONE if all(record.passed for record in records.values()) else CLAIM_FAILED

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from jaxnet import contract, curvature, learning_rate, training
 from jaxnet.contract import Array, ArrayTree, UserError, check_batch_size, leaf_names
 from jaxnet.curvature import Eigenpairs, LinearOperator
 from jaxnet.lab import _panels, record
-from jaxnet.lab._task import OnStage, Task, TaskConfig, check_count, keys_of, make_task, rate_of
+from jaxnet.lab._progress import OnStage, Share
+from jaxnet.lab._task import Task, TaskConfig, check_count, keys_of, make_task, rate_of
 from jaxnet.lab.record import Line, Panel, Record, Series
 
 
@@ -70,7 +71,7 @@ def stages(config: SpectrumConfig, on_stage: OnStage = lambda stage, share: None
     on_stage("done", 1.0)
 
 
-def _trained(config: SpectrumConfig, task: Task, key: Array, share: Callable[[float], None]) -> ArrayTree:
+def _trained(config: SpectrumConfig, task: Task, key: Array, share: Share) -> ArrayTree:
     analysis = learning_rate.analyse(task.loss, task.params, task.train, key=key)
     result = training.fit(
         task.loss,

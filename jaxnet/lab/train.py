@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import jax
@@ -14,8 +14,9 @@ import numpy as np
 from jaxnet import learning_rate, losses, training
 from jaxnet.contract import Array, check_batch_size
 from jaxnet.lab import _panels, record
+from jaxnet.lab._progress import OnStage, Share
 from jaxnet.lab._resumed import as_read, check_same_job
-from jaxnet.lab._task import OnStage, Task, TaskConfig, check_count, check_own_rate, keys_of, known, make_task, rate_of
+from jaxnet.lab._task import Task, TaskConfig, check_count, check_own_rate, keys_of, known, make_task, rate_of
 from jaxnet.lab.analyse import OPTIMIZERS, Optimizer, answer
 from jaxnet.lab.record import Record
 
@@ -79,7 +80,7 @@ def stages(
     yield (found := as_read(found))
     if "run" not in found.measurements:
         on_stage("training", 0.3)
-        share: Callable[[float], None] = lambda done: on_stage("training", 0.3 + 0.7 * done)
+        share: Share = lambda done: on_stage("training", 0.3 + 0.7 * done)
         result = _fit(config, task, found, folder, keys[2], resumed, share)
         yield _with_run(config, task, found, result)
     on_stage("done", 1.0)
@@ -121,7 +122,7 @@ def _fit(
     folder: pathlib.Path,
     key: Array,
     resumed: bool,
-    share: Callable[[float], None],
+    share: Share,
 ) -> training.FitResult:
     make = OPTIMIZERS[config.optimizer]
     rate = _schedule(config, found, config.num_epochs * -(-task.num_examples // config.batch_size))

@@ -1,9 +1,12 @@
 """The experiments by name."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from jaxnet.lab._progress import Share, unseen
 from jaxnet.lab._task import check_seed, known
 from jaxnet.lab.experiments import (
     backprop,
@@ -27,26 +30,27 @@ from jaxnet.lab.experiments import (
 )
 from jaxnet.lab.record import Record
 
-_MODULES = (
-    inference,
-    backprop,
-    one_dimension,
-    two_gaussians,
-    path,
-    centring,
-    one_epoch,
-    redundancy,
-    noise_floor,
-    batch_size,
-    local_minima,
-    second_order,
-    stochastic_vs_batch,
-    learning_rate_sweep,
-    online_sharpness,
-    edge_of_stability,
-    catapult,
-    overfitting,
-)
+# And about how long each takes, in seconds on two cores.
+_MODULES = {
+    inference: 1,
+    backprop: 2,
+    one_dimension: 1,
+    two_gaussians: 4,
+    path: 4,
+    centring: 9,
+    one_epoch: 3,
+    redundancy: 8,
+    noise_floor: 20,
+    batch_size: 80,
+    local_minima: 7,
+    second_order: 8,
+    stochastic_vs_batch: 25,
+    learning_rate_sweep: 80,
+    online_sharpness: 30,
+    edge_of_stability: 20,
+    catapult: 4,
+    overfitting: 20,
+}
 _BY_NAME = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 
 
@@ -64,12 +68,19 @@ def question(name: str) -> str:
     return _BY_NAME[known("experiment", name, _BY_NAME)].QUESTION
 
 
-def run(name: str, *, seed: int = 0, **config: Any) -> Record:
+def parts(chosen: Sequence[str]) -> list[float]:
+    """The share of the work that is done before each of several experiments, about, and 1."""
+    seconds = np.array([_MODULES[_BY_NAME[name]] for name in chosen])
+    return [0.0, *(np.cumsum(seconds) / seconds.sum()).tolist()]
+
+
+def run(name: str, *, seed: int = 0, share: Share = unseen, **config: Any) -> Record:
     """Run an experiment.
 
     Args:
       name: one of `names`.
       seed: of all its randomness.
+      share: told how much of it is done, by those that take long.
       **config: its own options, as its ``run`` names them.
 
     Returns:
@@ -79,8 +90,8 @@ def run(name: str, *, seed: int = 0, **config: Any) -> Record:
       UserError: the name or an option is unknown.
     """
     function: Callable[..., Record] = _BY_NAME[known("experiment", name, _BY_NAME)].run
-    options = [option for option in inspect.signature(function).parameters if option != "seed"]
+    taken = inspect.signature(function).parameters
     check_seed(seed)
     for option in config:
-        known(f"option of experiment {name}", option, options)
-    return function(seed=seed, **config)
+        known(f"option of experiment {name}", option, [option for option in taken if option not in ("seed", "share")])
+    return function(seed=seed, **config, **({"share": share} if "share" in taken else {}))

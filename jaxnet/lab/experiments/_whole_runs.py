@@ -9,6 +9,7 @@ import optax
 
 from jaxnet import data, learning_rate, training
 from jaxnet.contract import Array, Loss
+from jaxnet.lab._progress import Share, watched
 from jaxnet.lab.record import Claim, Panel, Series
 
 Maker = Callable[[Any], optax.GradientTransformation]
@@ -24,11 +25,11 @@ GOOD = 1.1
 
 
 def whole_runs(
-    loss: Loss, params: Any, batch: Any, batch_sizes: tuple[int, ...], num_epochs: int, key: Array
+    loss: Loss, params: Any, batch: Any, batch_sizes: tuple[int, ...], num_epochs: int, key: Array, share: Share
 ) -> dict[str, dict[str, np.ndarray]]:
     """For each optimizer and batch size the derived rate, the best of a sweep, and the ends of the good rates."""
     held_out, found = data.digits("test"), {}
-    for name, (make, (first, last), _) in MAKERS.items():
+    for name, (make, (first, last), _) in watched(MAKERS.items(), share, 0.4, 1.0):
         rates = 2.0 ** np.arange(first, last + 1)
         analysis = learning_rate.analyse(
             loss, params, batch, key=key, make_optimizer=make, batch_sizes=batch_sizes, second_moments=False

@@ -10,6 +10,7 @@ import optax
 
 from jaxnet import data, learning_rate, losses, nn, training
 from jaxnet.contract import Array
+from jaxnet.lab._progress import Share, unseen, watched
 from jaxnet.lab.experiments import _whole_runs
 from jaxnet.lab.experiments.two_gaussians import WITH_BIAS, minimum_with_bias
 from jaxnet.lab.record import Claim, Line, Panel, Record, Series, close, within
@@ -35,15 +36,19 @@ def run(
     num_runs: int = 3,
     whole_sizes: tuple[int, ...] = (4, 16, 64, 256),
     whole_epochs: int = 20,
+    share: Share = unseen,
 ) -> Record:
     """The best rate for one step and for whole runs, the steps to a loss, and batches whose examples are alike."""
     keys = jax.random.split(jax.random.key(seed), 5)
     params, batch = MODEL.init(keys[0], (64,)), data.digits()
-    points = {epochs: _trained(params, batch, epochs, keys[1]) for epochs in num_epochs}
-    best = {epochs: _best_rates(point, batch, batch_sizes, keys[2]) for epochs, point in points.items()}
+    best = {}
+    for epochs in watched(num_epochs, share, 0.0, 0.3):
+        point = _trained(params, batch, epochs, keys[1])
+        best[epochs] = _best_rates(point, batch, batch_sizes, keys[2])
+    share(0.3)
     critical, steps = _steps_to(target, params, batch, batch_sizes, num_runs, keys[3])
     alike, alike_claims = _alike(seed)
-    whole = _whole_runs.whole_runs(LOSS, params, batch, whole_sizes, whole_epochs, keys[4])
+    whole = _whole_runs.whole_runs(LOSS, params, batch, whole_sizes, whole_epochs, keys[4], share)
     claims = [
         *(_rate_claim(epochs, batch_sizes, found) for epochs, found in best.items() if epochs),
         _within_factor("critical_batch_size", "critical batch size", critical["predicted"], critical["measured"], 3),

@@ -11,6 +11,7 @@ import optax
 
 from jaxnet import curvature, data, losses, nn, training
 from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.lab._progress import Share, unseen, watched
 from jaxnet.lab.record import Line, Panel, Record, Series, above, below, close, slug, within
 from jaxnet.learning_rate import stability
 
@@ -86,7 +87,9 @@ class Run(NamedTuple):
         return self.ratio[-(len(self.ratio) // 3) :]
 
 
-def run(*, seed: int = 0, num_examples: int = 500, width: int = 32, num_steps: int = 2100) -> Record:
+def run(
+    *, seed: int = 0, num_examples: int = 500, width: int = 32, num_steps: int = 2100, share: Share = unseen
+) -> Record:
     """λ_max(P⁻¹H) along training of a tanh network on digits, over the limit that linear stability gives."""
     if num_steps < 3 * STEPS_A_CHECK:
         raise ValueError(f"num_steps: expected {3 * STEPS_A_CHECK} or more, got {num_steps}")
@@ -96,8 +99,10 @@ def run(*, seed: int = 0, num_examples: int = 500, width: int = 32, num_steps: i
     loss = losses.mean_loss(model.apply, losses.squared_error)
     init_key, key = jax.random.split(jax.random.key(seed))
     params = model.init(init_key, inputs.shape[1:])
-    runs = {name: _follow(loss, params, batch, method, num_steps, key) for name, method in METHODS.items()}
-    read = {name: _read(loss, batch, METHODS[name], runs[name].state, key) for name in METHODS}
+    runs, read = {}, {}
+    for name, method in watched(METHODS.items(), share):
+        runs[name] = _follow(loss, params, batch, method, num_steps, key)
+        read[name] = _read(loss, batch, method, runs[name].state, key)
     mean = {name: found.settled.mean() for name, found in runs.items()}
     with jax.enable_x64(True):
         thresholds = _thresholds()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import optax
 
 from jaxnet import data, learning_rate, losses, nn, training
 from jaxnet.contract import Array
+from jaxnet.lab._progress import Share, unseen, watched
 from jaxnet.lab._task import known
 from jaxnet.lab.record import Claim, Line, Panel, Record, Series, slug, within
 
@@ -51,6 +53,7 @@ def run(
     widths: tuple[int, ...] = (32, 32),
     problems: tuple[str, ...] = PROBLEMS,
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64),
+    share: Share = unseen,
 ) -> Record:
     """η at which ω₀ loses stability for four optimizers on the full batch, and for SGD at four batch sizes."""
     for name in problems:
@@ -58,13 +61,13 @@ def run(
     with jax.enable_x64(True):
         posed = _problems(jax.random.key(seed), num_examples, widths)
         keys = {name: jax.random.fold_in(jax.random.key(seed), number) for number, name in enumerate(PROBLEMS)}
-        found = {
-            name: {
-                **{method: _full_batch(make, posed[name], keys[name]) for method, make in OPTIMIZERS.items()},
-                **{f"SGD, B = {size}": _stochastic(size, posed[name], keys[name]) for size in batch_sizes},
-            }
-            for name in problems
+        found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in problems}
+        methods: dict[str, Callable[[Problem, Array], dict[str, float]]] = {
+            **{method: functools.partial(_full_batch, make) for method, make in OPTIMIZERS.items()},
+            **{f"SGD, B = {size}": functools.partial(_stochastic, size) for size in batch_sizes},
         }
+        for name, (method, measure) in watched(itertools.product(problems, methods.items()), share):
+            found[name][method] = measure(posed[name], keys[name])
     return Record(
         name="learning_rate_sweep",
         question=QUESTION,

@@ -13,6 +13,7 @@ import optax
 from jaxnet import data, training
 from jaxnet.contract import Array, ArrayTree, MakeOptimizer
 from jaxnet.data import Order
+from jaxnet.lab._progress import Share, unseen, watched
 from jaxnet.lab.experiments.two_gaussians import WITH_BIAS as LOSS
 from jaxnet.lab.experiments.two_gaussians import minimum_with_bias
 from jaxnet.lab.record import Claim, Line, Panel, Record, Series, above, below, within
@@ -40,24 +41,30 @@ POINTS = 64
 
 def run(
     *, seed: int = 0, num_examples: int = 100, num_steps: int = 6000, num_chains: int = 128, num_particles: int = 1024,
-    batch_sizes: tuple[int, ...] = BATCH_SIZES,
+    batch_sizes: tuple[int, ...] = BATCH_SIZES, share: Share = unseen,
 ) -> Record:  # fmt: skip
     """A neuron with its bias on two Gaussians: SGD's plateau and its limit in mean square, measured and by theory."""
     if any(num_examples % size for size in batch_sizes):
         raise ValueError(f"batch_sizes: expected divisors of num_examples = {num_examples}, got {batch_sizes}")
     with jax.enable_x64(True):
-        return _run(seed, num_examples, num_steps, num_chains, num_particles, batch_sizes)
+        return _run(seed, num_examples, num_steps, num_chains, num_particles, batch_sizes, share)
 
 
 def _run(
-    seed: int, num_examples: int, num_steps: int, num_chains: int, num_particles: int, batch_sizes: tuple[int, ...]
+    seed: int,
+    num_examples: int,
+    num_steps: int,
+    num_chains: int,
+    num_particles: int,
+    batch_sizes: tuple[int, ...],
+    share: Share,
 ) -> Record:
     batch = data.two_gaussians_exact(num_examples)
     minimum = minimum_with_bias(batch)
     limit_key, chain_key = jax.random.split(jax.random.key(seed))
-    limits = [_limit(batch, minimum, size, num_particles, limit_key) for size in batch_sizes]
+    limits = [_limit(batch, minimum, size, num_particles, limit_key) for size in watched(batch_sizes, share, 0, 0.5)]
     chains = jax.random.split(chain_key, num_chains)
-    plateaus = [_plateau(batch, minimum, limit, num_steps, chains) for limit in limits]
+    plateaus = [_plateau(batch, minimum, limit, num_steps, chains) for limit in watched(limits, share, 0.5)]
     descents = _descents(batch, minimum, num_steps, chains)
     return Record(
         name="noise_floor",

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxnet import curvature, data, losses, nn, training
 from jaxnet.contract import Array, ArrayTree, Loss
+from jaxnet.lab._progress import Share, unseen, watched
 from jaxnet.lab.record import Claim, Line, Panel, Record, Series, above, below, close, within
 
 QUESTION = "How good is λ_max from mini-batch gradients alone, what does it cost, and does 1/‖Ψ‖ train?"
@@ -32,7 +33,7 @@ Setting = tuple[int, float]
 
 def run(
     *, seed: int = 0, num_examples: int = 1437, width: int = 8, num_runs: int = 16, budget: int = 100_000,
-    num_steps: int = 200,
+    num_steps: int = 200, share: Share = unseen,
 ) -> Record:  # fmt: skip
     """‖Ψ‖ of LeCun, Simard and Pearlmutter for a tanh network on digits, at its start and while it trains.
 
@@ -45,10 +46,10 @@ def run(
       Eigenvectors", NIPS 1992.
     """
     with jax.enable_x64(True):
-        return _run(seed, num_examples, width, num_runs, budget, num_steps)
+        return _run(seed, num_examples, width, num_runs, budget, num_steps, share)
 
 
-def _run(seed: int, num_examples: int, width: int, num_runs: int, budget: int, num_steps: int) -> Record:
+def _run(seed: int, num_examples: int, width: int, num_runs: int, budget: int, num_steps: int, share: Share) -> Record:
     batch = jax.tree.map(lambda x: x[:num_examples], data.digits())
     model = nn.mlp([width, 10], activation=jnp.tanh)
     loss = losses.mean_loss(model.apply, losses.softmax_cross_entropy)
@@ -64,7 +65,7 @@ def _run(seed: int, num_examples: int, width: int, num_runs: int, budget: int, n
     )
     begin = jax.vmap(lambda key: curvature.online_sharpness(loss).init(params, key=key))(keys)
     online = {}
-    for size, gamma in SETTINGS:
+    for size, gamma in watched(SETTINGS, share, 0.1, 0.8):
         updates = budget // (2 * size)
         values = estimate(loss, params, batch, begin, keys, size, gamma, updates)
         cost = 2 * size * np.arange(1, updates + 1)
@@ -74,6 +75,7 @@ def _run(seed: int, num_examples: int, width: int, num_runs: int, budget: int, n
     settled = estimate(loss, params, batch, at_vector, keys, size, gamma, int(40 / gamma))[:, int(10 / gamma) :]
     floors = {(p, g): (g / (2 - g) / p) ** 0.5 * spread / largest for p, g in (*SETTINGS, SETTLED)}
     predicted, measured = _by_spectrum(loss, params, batch, key), np.asarray(on_all(loss, params, batch, key))
+    share(0.9)
     training = _train(loss, params, batch, train_key, num_steps)
     return Record(
         name="online_sharpness",

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxnet import data, learning_rate, losses, nn, training
+from jaxnet.lab._progress import Share, unseen, watched
 from jaxnet.lab.record import Line, Panel, Record, Series, above, below, close
 
 QUESTION = "Does a too large network, trained for too long, learn its examples at the cost of others?"
 
 
-def run(*, seed: int = 0, num_train: int = 100, num_epochs: int = 1500) -> Record:
+def run(*, seed: int = 0, num_train: int = 100, num_epochs: int = 1500, share: Share = unseen) -> Record:
     """On 100 digits the training loss vanishes and the held-out loss turns up; early stopping takes its minimum."""
     inputs, labels = data.digits()
     if not 20 <= num_train <= len(labels) - 200:
@@ -25,6 +26,7 @@ def run(*, seed: int = 0, num_train: int = 100, num_epochs: int = 1500) -> Recor
     init_key, analysis_key, key = jax.random.split(jax.random.key(seed), 3)
     params = model.init(init_key, inputs.shape[1:])
     rate = float(learning_rate.analyse(loss, params, train, key=analysis_key).rate(None))
+    share(0.4)
 
     def fit(stop: training.StopRule | None) -> training.FitResult:
         return training.fit(
@@ -32,7 +34,7 @@ def run(*, seed: int = 0, num_train: int = 100, num_epochs: int = 1500) -> Recor
             validation=held_out, stop=stop, metrics={"loss": loss},
         )  # fmt: skip
 
-    long, early = fit(None), fit(training.StopRule(patience=100))
+    long, early = (fit(stop) for stop in watched((None, training.StopRule(patience=100)), share, 0.4))
     assert long.best is not None
     assert early.best is not None
     history = long.history

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from jaxnet.lab._progress import Share, unseen, watched
 from jaxnet.lab.experiments import batch_size, local_minima, noise_floor, one_dimension, redundancy, second_order
 from jaxnet.lab.record import Claim, Record, slug
 
@@ -94,9 +95,9 @@ TABLE: tuple[Measured | Proven, ...] = (
 )
 
 
-def run(*, seed: int = 0) -> Record:
+def run(*, seed: int = 0, share: Share = unseen) -> Record:
     """The table's lines, each with the claims that were measured for it or the source of its proof."""
-    found = {experiment: experiment.run(seed=seed, **options) for experiment, options in MEASURED.items()}
+    found = {which: which.run(seed=seed, **options) for which, options in watched(MEASURED.items(), share)}
     rows: list[tuple[str, Any, str]] = []
     claims: list[Claim] = []
     for line in TABLE:

@@ -61,3 +61,10 @@ def test_unknown_names_list_the_known():
         experiments.run("one_dimension", steps=3)
     with pytest.raises(ValueError, match="curvature_of_loss: expected a positive number"):
         experiments.run("one_dimension", curvature_of_loss=-1.0)
+
+
+def test_the_parts_of_all_are_known_before():
+    parts = experiments.parts(NAMES)
+    assert (parts[0], len(parts)) == (0, len(NAMES) + 1)
+    assert parts == sorted(parts)
+    np.testing.assert_allclose(parts[-1], 1)

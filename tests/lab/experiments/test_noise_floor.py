@@ -8,7 +8,12 @@ from jaxnet.lab.experiments import noise_floor
 
 @pytest.fixture(scope="module")
 def found():
-    return noise_floor.run(seed=1, num_steps=4800, num_chains=48, num_particles=256, batch_sizes=(1, 4))
+    done = []
+    made = noise_floor.run(
+        seed=1, num_steps=4800, num_chains=48, num_particles=256, batch_sizes=(1, 4), share=done.append
+    )
+    assert done == [0, 0.25, 0.5, 0.75]
+    return made
 
 
 def test_every_claim_holds(found):

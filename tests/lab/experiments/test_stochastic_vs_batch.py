@@ -1,7 +1,9 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
+from jaxnet.lab import experiments
 from jaxnet.lab.experiments import stochastic_vs_batch
 from jaxnet.lab.record import Record, below
 
@@ -16,7 +18,9 @@ def test_every_line_is_measured_or_has_its_source(monkeypatch):
 
     for module in stochastic_vs_batch.MEASURED:
         monkeypatch.setattr(module, "run", fake(module))
-    found = stochastic_vs_batch.run(seed=0)
+    done = []
+    found = experiments.run("stochastic_vs_batch", share=done.append)
+    np.testing.assert_allclose(done, np.arange(6) / 6)
     assert len(found.rows) == len(stochastic_vs_batch.TABLE)
     assert len(found.claims) == sum(len(line.keys) for line in lines)
     assert not found.passed
