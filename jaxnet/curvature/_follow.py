@@ -20,9 +20,9 @@ from jax import lax
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
-from jaxnet.curvature import _lanczos
+from jaxnet.curvature import _lanczos, _rounding
 from jaxnet.curvature._operators import LinearOperator, check_deterministic, flattened, inner, unflattened
-from jaxnet.curvature._search import product_error, rounding_of, values_of
+from jaxnet.curvature._search import values_of
 
 LEADING = 3
 """How many vectors are followed from check to check."""
@@ -65,6 +65,7 @@ class _State(NamedTuple):
     following: Any
     value: Array
     residual_norm: Array
+    scale: Array
     disagreement: Array
     num_matvecs: Array
     settled: Array
@@ -122,7 +123,7 @@ def followed(op: LinearOperator, starts: ArrayTree, tol: Array | float, key: Arr
         residual_norm=jnp.where(end.failed, jnp.nan, end.residual_norm),
         num_matvecs=end.num_matvecs,
         converged=end.settled & end.told & jnp.isfinite(value),
-        product_error=product_error(jnp.abs(end.projected).max(), end.disagreement),
+        product_error=_rounding.product_error(end.scale, end.disagreement),
     )
 
 
@@ -157,7 +158,7 @@ def _empty(given: Any, room: int) -> _State:
     none, dtype = jnp.zeros((), jnp.int32), jnp.promote_types(jnp.result_type(*jax.tree.leaves(given)), jnp.float32)
     zero, no = jnp.zeros((), dtype), jnp.array(False)
     first = jax.tree.map(lambda x: x[0], given)
-    return _State(rows(), rows(), jnp.zeros((room, room), dtype), none, first, zero, zero, zero, none, no, no, no)
+    return _State(rows(), rows(), jnp.zeros((room, room), dtype), none, first, zero, zero, zero, zero, none, no, no, no)
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -195,10 +196,11 @@ def _absorbed(state: _State, image: Any, tol: Array | float, count: int) -> _Sta
     length, num = _lanczos.norm(residual), state.num_matvecs + 1
     gap = values[-1] - values[max(room - 2, 0)]
     estimate = jnp.where(gap > 0, jnp.minimum(length, length * (length / jnp.where(gap > 0, gap, 1))), length)
-    rounding = rounding_of(jnp.abs(values).max(), disagreement)
+    scale = jnp.maximum(state.scale, _lanczos.norm(image))
+    rounding = _rounding.of_value(scale, disagreement)
     allowed = jnp.maximum(tol * jnp.abs(values[-1]), rounding)
     small = (estimate <= allowed) & (length <= jnp.maximum(allowed, jnp.minimum(_TIMES * allowed, _SHARE * values[-1])))
-    dimension = sum(x.size for x in jax.tree.leaves(state.following))
+    exhausted = j + 1 >= sum(x.size for x in jax.tree.leaves(state.following))
     return state._replace(
         basis=basis,
         images=images,
@@ -207,10 +209,11 @@ def _absorbed(state: _State, image: Any, tol: Array | float, count: int) -> _Sta
         following=residual,
         value=values[-1],
         residual_norm=length,
+        scale=scale,
         disagreement=disagreement,
         num_matvecs=num,
-        settled=small & (num > count) | (j + 1 >= dimension),
-        told=(tol * jnp.abs(values[-1]) >= rounding) | (j + 1 >= dimension),
+        settled=small & (num > count) | exhausted,
+        told=(tol * jnp.abs(values[-1]) >= rounding) | exhausted & (_rounding.product_error(scale, disagreement) == 0),
         failed=~jnp.isfinite(length),
     )
 

@@ -183,7 +183,8 @@ def extend(state: Lanczos, product: ArrayTree) -> Lanczos:
     more = lambda at: (at.passes < 2) | (broken(at) & (at.passes < 4))
     end = lax.while_loop(more, sweep, _Pass(product, column, zero, zero, jnp.zeros((), jnp.int32)))
     column, beta = end.column[:-1], jnp.where(broken(end), 0, end.beta)
-    apart = jnp.where(jnp.arange(column.size) < j, column - state.coupling, 0)
+    # After a breakdown nothing is known: what was dropped of the product may show here.
+    apart = jnp.where((jnp.arange(column.size) < j) & (state.beta > 0), column - state.coupling, 0)
     return Lanczos(
         basis=_set_row(state.basis, j + 1, scaled(end.w, end.length)),
         projected=state.projected.at[:, j].set(column).at[j, :].set(column),

@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree
-from jaxnet.curvature import _bound, _lanczos
+from jaxnet.curvature import _bound, _lanczos, _rounding
 from jaxnet.curvature._operators import LinearOperator, OverExamples, Seen, check_deterministic, inner
 from jaxnet.curvature._space import Space
 
@@ -31,11 +31,8 @@ _IN_A_ROW, _OF_GAP, _OF_NORM = 4, 0.3, 0.04
 _ALONE = 0.3
 # Of a warm start no chance is known; the estimate alone decides.
 _WARM_IN_A_ROW = 2
-# What rounding leaves of an eigenvalue, in eps‖A‖, and the steps from which on it adds up.
-_ROUNDING, _MANY = 4, 1000
-# A product's error, in units of what it and others disagree by on entries of a matrix that is symmetric: those are the
-# part of it that the basis sees.
-_UNSEEN_ERROR = 3
+# Steps from which on rounding adds up.
+_MANY = 1000
 # How many discarded Ritz values the bound remembers.
 _ROOM = 512
 # Products after which a search ends at the latest.
@@ -242,7 +239,7 @@ class Eigensolver:
             failed=~jnp.isfinite(state.beta),
         )
         wanted = rank(self.which, found)[: self.k]
-        small, alone = _accurate(found, wanted, _rounding_in(state), tol)
+        small, alone = _accurate(found, wanted, _rounding.of_value(state.scale, state.disagreement), tol)
         near, far = (False, False) if self.warm else _seen(self, search, tol)
         agreed = jnp.where(small if self.warm else alone & far, search.agreed + 1, 0)
         exhausted = (state.size == self.basis) & (self.basis == self.space.size)
@@ -250,8 +247,10 @@ class Eigensolver:
         if self.certified:
             settled = settled | (small & near)
         summed = jnp.sqrt(1 + search.num_matvecs / _MANY)
-        told = (tol * jnp.abs(found.values[wanted]) >= summed * _rounding_in(state)).all()
-        return search._replace(agreed=agreed, settled=settled, told=told | exhausted)
+        asked = tol * jnp.abs(found.values[wanted]).min()
+        told = exhausted | (asked >= summed * _rounding.of_norm(state.scale))
+        told &= asked >= _rounding.product_error(state.scale, state.disagreement)
+        return search._replace(agreed=agreed, settled=settled, told=told)
 
     @functools.partial(jax.jit, static_argnums=0)
     def restart(self, search: Search) -> Search:
@@ -338,29 +337,6 @@ def rank(which: str, found: _lanczos.Ritz) -> Array:
     return jnp.argsort(jnp.where(found.filled, order, jnp.inf))
 
 
-def rounding_of(norm: Array, disagreement: Array) -> Array:
-    """What is left of an eigenvalue below which nothing is known, for a matrix of that norm."""
-    return jnp.maximum(_of_norm(norm), product_error(norm, disagreement))
-
-
-def product_error(norm: Array, disagreement: Array) -> Array:
-    """How far products of unit vectors are from a symmetric matrix's, beyond what any product is rounded by.
-
-    Where a product is the difference of large intermediate results, as for a loss that is all but 0, it is rounded to
-    their size and not to its own. How far products then disagree within a basis, as entries of a symmetric matrix,
-    tells of it.
-    """
-    return _UNSEEN_ERROR * jnp.maximum(disagreement - _of_norm(norm), 0)
-
-
-def _of_norm(norm: Array) -> Array:
-    return _ROUNDING * jnp.finfo(norm.dtype).eps * norm
-
-
-def _rounding_in(state: _lanczos.Lanczos) -> Array:
-    return rounding_of(state.scale, state.disagreement)
-
-
 def _accurate(found: _lanczos.Ritz, wanted: Array, rounding: Array, tol: Array | float) -> tuple[Array, Array]:
     """Whether the estimate min(r, r²/gap) of every wanted value's error is within the tolerance, and whether r is."""
     values, residuals = found.values[wanted], found.residual_norms[wanted]
@@ -391,7 +367,7 @@ def _seen(solver: Eigensolver, search: Search, tol: Array | float) -> tuple[Arra
     for sign, end, gap in ends:
         # Of the largest magnitude, what lies within that magnitude does not matter.
         end = sign * norm if solver.which == "LM" else end
-        tolerated = jnp.maximum(tol * jnp.abs(end), rounding_of(norm, search.lanczos.disagreement))
+        tolerated = jnp.maximum(tol * jnp.abs(end), _rounding.of_value(norm, search.lanczos.disagreement))
         wider = jnp.maximum(tolerated, jnp.minimum(_OF_GAP * gap, _OF_NORM * norm))
         near &= _bound.log_sum(search.polynomials, end + sign * tolerated) > target
         far &= _bound.log_sum(search.polynomials, end + sign * wider) > target

@@ -11,16 +11,18 @@ from jax import lax
 
 from jaxnet import contract, dataset
 from jaxnet.contract import Array, ArrayTree, Loss
-from jaxnet.curvature import _bound
+from jaxnet.curvature import _bound, _rounding
 from jaxnet.curvature._follow import LEADING, Leading, followed
 from jaxnet.curvature._hessian import chosen, hessian, quadratic_forms
 from jaxnet.curvature._operators import LinearOperator, flattened, inner, unflattened
 from jaxnet.curvature._products import Differences, HessianProduct, by_derivatives, words_of
-from jaxnet.curvature._search import Eigensolver, product_error
+from jaxnet.curvature._search import Eigensolver
 from jaxnet.mesh import check_together
 
 # Examples whose own Hessian products are taken together.
 _AT_ONCE = 64
+# With products off by this share of λ_max, by an estimate, nothing is certified.
+_ROUGH = 0.1
 
 
 @contract.result
@@ -33,19 +35,20 @@ class Sharpness:
       value: θ <= λ_max, so that 2/θ is the optimistic rate. `jax.grad` of it works where λ_max is simple.
       residual_norm: ‖Hv − θv‖.
       upper_bound: at least λ_max with probability 1 − failure_probability, so that 2/upper_bound is safe; NaN
-        after a warm start, for which the bound does not hold, and where the loss goes through half precision. Params
-        and a batch in half precision are taken as the same numbers in float32, and λ_max is of that matrix. Of
-        differences it holds as far as ``product_error`` does, which is added √num_matvecs times.
+        after a warm start, for which the bound does not hold, where the loss goes through half precision, and where
+        ``product_error`` is more than a tenth of the value. It holds as far as that does, by which it is widened
+        √num_matvecs times. Params and a batch in half precision are taken as the same numbers in float32, and λ_max is
+        of that matrix.
       num_matvecs: Hessian products spent.
       converged: whether θ was found to be within the tolerance, ``product_error`` included.
       leading: a unit eigenvector and the two Ritz vectors next to it, leaves (3, ...), from which a check nearby
         starts: one alone would hide what has overtaken it. The eigenvector alone where ``ncv`` was given.
       sampling_error: the standard error of vᵀHv over the examples, √(Var vᵀH_n v/N): how far, to first order, λ_max of
         the distribution that the batch was drawn from may be; NaN unless asked for.
-      product_error: how far a product may be from Hv, for a unit v. Of derivatives that is rounding, by how far the
-        products disagree on entries of a symmetric matrix: 0, but where the loss is all but 0 and the Hessian the
-        difference of larger numbers. Of differences, the most by which those of twice the step
-        differ along ``leading``, which overestimates it where the step is short enough.
+      product_error: an estimate of how far a product may be from Hv, for a unit v, by how far the products disagree on
+        entries of a symmetric matrix, beyond the rounding of any product. Mostly 0; not so where the loss is all but 0
+        and its Hessian the difference of larger numbers, or where it rounds within. Of differences, or the most by
+        which those of twice the step differ along ``leading``, if that is more.
       product: how Hv was had, "forward over reverse", "reverse over reverse" or "differences of gradients".
     """
 
@@ -155,16 +158,16 @@ def _measure(
             pairs.residual_norms[0],
             pairs.num_matvecs,
             pairs.converged,
-            product_error(end.lanczos.scale, end.lanczos.disagreement),
+            _rounding.product_error(end.lanczos.scale, end.lanczos.disagreement),
         )
         bound = _bound.upper_bound(end.polynomials, lax.stop_gradient(found.value), target)
-        bound = jnp.where(end.rough, jnp.nan, bound)
+        rough = end.rough | (found.product_error > _ROUGH * jnp.abs(found.value))
+        bound = jnp.where(rough, jnp.nan, bound)
     else:
         found = followed(op, v0, tol, key, solver.max_matvecs)
         bound = jnp.full_like(found.value, jnp.nan)
-    error = found.product_error
-    if isinstance(way, Differences):
-        error = jnp.maximum(error, _of_differences(matrix, way, found.vectors))
+    apart = _of_differences(matrix, way, found.vectors) if isinstance(way, Differences) else jnp.zeros_like(found.value)
+    error = jnp.maximum(found.product_error, apart)
     vector = jax.tree.map(lambda x: x[0], found.vectors)
     spread = jnp.full_like(bound, jnp.nan)
     if sampling_error:
@@ -178,7 +181,7 @@ def _measure(
         # together (Kahan, Parlett & Jiang 1982); its λ_max is as near.
         upper_bound=bound + jnp.sqrt(found.num_matvecs.astype(bound.dtype)) * error,
         num_matvecs=found.num_matvecs,
-        converged=found.converged & (error <= tol * jnp.abs(found.value)),
+        converged=found.converged & (apart <= tol * jnp.abs(found.value)),
         leading=found.vectors,
         sampling_error=spread,
         product_error=error,

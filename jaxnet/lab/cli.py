@@ -173,7 +173,7 @@ def _run(command: Job | List | Doctor, console: Console) -> int:
         known("experiment", command.name, [*experiments.names(), "all"])
     num_devices = getattr(command, "devices", None)
     together = command.coordinator, command.num_processes, command.process_id
-    _processes.join(num_devices, *together, heeds_sigterm=isinstance(command, Train))
+    _processes.join(num_devices, *together, heeds_sigterm=isinstance(command, Train) and train.orbax_is_here())
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the figures need matplotlib: pip install 'jaxnet[app]'")
     name, resume = type(command).__name__.lower(), getattr(command, "resume", False)

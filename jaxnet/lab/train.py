@@ -128,7 +128,7 @@ def _fit(
     rate = _schedule(config, found, config.num_epochs * -(-task.num_examples // config.batch_size))
     start: Any = training.init_state(task.params, make(rate))
     observers: list[Any] = [training.JsonLines(folder / "history.jsonl"), lambda run: share(run.epoch / run.num_epochs)]
-    if _orbax_is_here():
+    if orbax_is_here():
         checkpoints = training.Checkpoints(folder / "checkpoints", minutes=MINUTES)
         start = checkpoints.resume(start) if resumed else start
         observers.append(checkpoints)
@@ -162,9 +162,7 @@ def _with_run(config: TrainConfig, task: Task, found: Record, result: training.F
             run["accuracy"] = float(losses.accuracy(task.apply, params, task.test))
             rows.append(("test accuracy", run["accuracy"], f"of {len(task.test[1])} examples held out"))
             ends.append(f"test accuracy {run['accuracy']:.3f}")
-    kept = (
-        "the params, and all that it takes to go on" if _orbax_is_here() else "none: pip install 'jaxnet[checkpoint]'"
-    )
+    kept = "the params, and all that it takes to go on" if orbax_is_here() else "none: pip install 'jaxnet[checkpoint]'"
     rows.append(("checkpoints", "", kept))
     claim = record.below("loss_falls", "training loss at the end, against the start's", first, last)
     return dataclasses.replace(
@@ -177,7 +175,8 @@ def _with_run(config: TrainConfig, task: Task, found: Record, result: training.F
     )
 
 
-def _orbax_is_here() -> bool:
+def orbax_is_here() -> bool:
+    """Whether there can be checkpoints."""
     return importlib.util.find_spec("orbax") is not None
 
 

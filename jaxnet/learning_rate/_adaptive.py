@@ -67,7 +67,8 @@ def scale_by_sharpness(
 
     λ_max is found at the first update, at every ``every``-th after a check, and at once when the incoming updates are
     twice as long as at the last check; each time from the last leading vectors, which takes about 4 products. Between
-    checks η stays. Where nothing curves upwards it stays too, and before any curvature is seen it is
+    checks η stays. Where rounding hides λ_max, as in a loss that is all but 0, what it may hide is added to |λ_max|.
+    Where nothing curves upwards it stays too, and before any curvature is seen it is
     fraction/|λ_max|, or 0 where that is 0 or not finite.
 
     It works in any loop that passes ``value_fn`` to ``update``, as optax's line searches want it, under `jax.jit` and
@@ -134,7 +135,8 @@ def scale_by_sharpness(
             value = found.value.astype(state.sharpness.dtype)
             known = jnp.isfinite(value) & (value != 0)
             # Where rounding hides λ_max, as in a loss that is rounding too, it may be larger by as much as is hidden.
-            hidden = jnp.where(found.converged, 0, found.residual_norm).astype(value.dtype)
+            error = jnp.maximum(found.residual_norm, found.product_error)
+            hidden = jnp.where(found.converged, 0, error).astype(value.dtype)
             wanted = own / (jnp.abs(jnp.where(known, value, 1)) + jnp.where(known, hidden, 0))
             return state._replace(
                 rate=jnp.where(known & ((state.rate == 0) | (value > 0)), wanted, state.rate),

@@ -191,8 +191,8 @@ class Analysis:
         """The lines of its table: (quantity, value, remark)."""
         s, d = self.sharpness, self.derived
         verdict = "converged" if s.converged else "NOT converged"
-        if not s.converged and s.product_error > 0:
-            verdict += f": products are rounded by {float(s.product_error):.1g}, take float64"
+        if not s.converged and s.product_error > s.residual_norm:
+            verdict += f": products are off by {float(s.product_error / abs(s.value)):.1g} of it, take float64"
         simple = "|G|² resolved" if self.noise.resolved else "|G|² not resolved: no figure"
         smallest, name = d.batch_sizes[0], self.optimizer
         recommended = [
@@ -256,7 +256,7 @@ class Analysis:
     def to_dict(self) -> dict[str, Any]:
         """All of it as names and numbers."""
         s = self.sharpness
-        parts = ("value", "residual_norm", "upper_bound", "num_matvecs", "converged", "sampling_error")
+        parts = ("value", "residual_norm", "upper_bound", "num_matvecs", "converged", "sampling_error", "product_error")
         return {
             "optimizer": self.optimizer,
             "sharpness": {name: getattr(s, name) for name in parts},

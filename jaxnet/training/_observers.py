@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,9 @@ from jaxnet.contract import UserError, check_count
 from jaxnet.training._checkpoint import PARTIAL, Damaged, epochs_in, intact, orbax, restore, save
 from jaxnet.training._history import FitProgress, History
 from jaxnet.training._update import TrainState
+
+# JAX ends the processes at one call, which it tells by a number that is to grow as long as the process lives.
+_CALLS = itertools.count(1)
 
 
 class Checkpoints:
@@ -103,7 +107,7 @@ class Checkpoints:
         if not self._checked:
             self._check_free(progress.epoch)
         self._unsaved = progress
-        late, end = self._agreed(progress.epoch)
+        late, end = self._agreed()
         if end or (late and progress.epoch % self._every == 0):
             self._save()
         if end:
@@ -111,23 +115,27 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: types.TracebackType | None) -> None:
         """Called by `fit` at its end: writes what is not written yet."""
+        end = None
         try:
             if self._unsaved is not None and (kind is None or jax.process_count() == 1):
                 self._save()
+            if kind is None:  # else the others may be elsewhere
+                end = self._agreed()[1]
         finally:
             self._unsaved = None
             if self._before is not None:
                 signal.signal(*self._before)
                 self._before = None
+        if end:
+            raise end
 
     def _ask(self, number: int, frame: types.FrameType | None) -> None:
         """Ctrl-C to one of several processes: the others have to hear of it first."""
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        warnings.warn("interrupted: all processes end with this epoch", RuntimeWarning, stacklevel=2)
 
-    def _agreed(self, epoch: int) -> tuple[bool, BaseException | None]:
+    def _agreed(self) -> tuple[bool, BaseException | None]:
         """Whether it is time to write, and what ends the run here; the same in all processes."""
         late = time.monotonic() - self._since >= 60 * self._minutes
         if jax.process_count() == 1:
@@ -139,7 +147,7 @@ class Checkpoints:
         if told[:, 1].any():
             return True, KeyboardInterrupt()
         listens = jax.config.jax_enable_preemption_service  # type: ignore[attr-defined]
-        if listens and multihost_utils.reached_preemption_sync_point(epoch):
+        if listens and multihost_utils.reached_preemption_sync_point(next(_CALLS)):
             return True, SystemExit(128 + signal.SIGTERM)
         return bool(told[0, 0]), None
 
@@ -183,11 +191,15 @@ def _end(number: int, frame: types.FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM for as long."""
+    """Hold back Ctrl-C and SIGTERM for as long; of several processes Ctrl-C alone.
+
+    JAX's own handler of SIGTERM, which those have, disturbs nothing, and Python, which does not know of it, could not
+    set it again.
+    """
     came: list[int] = []
     held: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM)[: 2 if jax.process_count() == 1 else 1]:
             # What was not set from Python cannot be set again.
             if signal.getsignal(number) is not None:
                 held[number] = signal.signal(number, lambda number, frame: came.append(number))

@@ -85,6 +85,7 @@ def test_a_breakdown_goes_on_in_a_new_direction(x64):
     state = run(a, 5, 5)
     np.testing.assert_allclose(flat(state.basis)[:5] @ flat(state.basis)[:5].T, np.eye(5), atol=1e-12)
     np.testing.assert_allclose(np.linalg.eigvalsh(state.projected), [1, 1, 3, 3, 3], atol=1e-12)
+    assert state.disagreement < 1e-14
 
 
 def test_norms_neither_overflow_nor_underflow():

@@ -14,6 +14,7 @@ def job(arguments, out):
     return cli.run(["analyse", *arguments.split(), "--out", str(out)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "lion"])
 def test_another_optimizer_is_held_against_a_sweep_of_its_own(tmp_path, optimizer):
     out = tmp_path / "out"

@@ -57,6 +57,7 @@ def test_analyse_writes_a_record_and_figures(small):
         assert word in done.stdout
 
 
+@pytest.mark.slow
 def test_spectrum_writes_a_record_and_figures(tmp_path):
     given = "--num-eigenvalues", 3, "--num-epochs", 1, "--batch-size", 10, "--dtype", "float64"
     done = jaxnet("spectrum", *SMALL, *given, "--out", tmp_path / "out")

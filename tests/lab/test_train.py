@@ -108,7 +108,7 @@ def test_a_run_that_diverges_is_told_by_the_exit_status_and_can_be_overwritten(t
 
 
 def test_without_orbax_it_trains_without_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "_orbax_is_here", lambda: False)
+    monkeypatch.setattr(train, "orbax_is_here", lambda: False)
     run(tmp_path, num_epochs=1, learning_rate=0.1)
     rows = {name: remark for name, _, remark in report.read_record(tmp_path).rows}
     assert "pip install 'jaxnet[checkpoint]'" in rows["checkpoints"]

@@ -44,6 +44,17 @@ def test_on_a_quadratic_the_rate_is_the_fraction_of_one_over_lambda(fraction):
     assert updates["none"] is None
 
 
+def test_what_rounding_may_hide_of_the_sharpness_is_allowed_for(all_but_certain):
+    """λ_max is seen with an error of a tenth here: the rate is below what it would be if that were nothing."""
+    loss, params, batch, true = all_but_certain(16)
+    grads, value_fn = jax.grad(loss)(params, batch), lambda p: loss(p, batch)
+    for seed in range(5):
+        optimizer = scale_by_sharpness(key=jax.random.key(seed), fraction=1.0)
+        state = optimizer.update(grads, optimizer.init(params), params, value_fn=value_fn)[1]
+        assert state.rate * state.sharpness < 0.97
+        assert 0.4 < state.rate * true < 1.2
+
+
 def test_a_check_comes_at_every_tenth_update_and_is_counted():
     params, state = stepped(
         optax.chain(scale_by_sharpness(key=KEY, fraction=1.0, every=10), optax.scale(-1.0)), PARAMS, quadratic, 21

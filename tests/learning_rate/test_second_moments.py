@@ -59,11 +59,8 @@ def growth(examples, response, share, beta, averaged, rate):
     return np.exp(np.log(factors[-500:]).mean())
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [pytest.param("sgd", 1, marks=pytest.mark.slow), pytest.param("sgd", 4, marks=pytest.mark.slow),
-     pytest.param("momentum", 4, marks=pytest.mark.slow), ("adam", 1)],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("sgd", 1), ("sgd", 4), ("momentum", 4), ("adam", 1)])
 def test_where_all_examples_are_followed_it_is_exact(name, size, x64):
     """Thirty examples of rank one: nothing is left out, and the ends are the limit less and more the margin."""
     make = {"sgd": optax.sgd, "momentum": functools.partial(optax.sgd, momentum=0.9), "adam": optax.adam}[name]

@@ -4,6 +4,8 @@ from sklearn.datasets import load_digits
 
 from jaxnet.lab.experiments import centring
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found():

@@ -9,6 +9,8 @@ from jaxnet.lab.experiments import second_order
 
 DECAY = 1e-2
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def problem(x64):
