@@ -24,7 +24,7 @@ from jaxnet.training._checkpoint import PARTIAL, Damaged, epochs_in, intact, orb
 from jaxnet.training._history import FitProgress, History
 from jaxnet.training._update import TrainState
 
-# JAX ends the processes at one call, which it tells by a number that is to grow as long as the process lives.
+# JAX names the call at which all processes have heard of SIGTERM by its number, which has to grow from run to run too.
 _CALLS = itertools.count(1)
 
 

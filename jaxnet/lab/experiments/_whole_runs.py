@@ -29,7 +29,7 @@ def whole_runs(
 ) -> dict[str, dict[str, np.ndarray]]:
     """For each optimizer and batch size the derived rate, the best of a sweep, and the ends of the good rates."""
     held_out, found = data.digits("test"), {}
-    for name, (make, (first, last), _) in watched(MAKERS.items(), share, 0.4, 1.0):
+    for name, (make, (first, last), _) in watched(MAKERS.items(), share):
         rates = 2.0 ** np.arange(first, last + 1)
         analysis = learning_rate.analyse(
             loss, params, batch, key=key, make_optimizer=make, batch_sizes=batch_sizes, second_moments=False

@@ -48,7 +48,9 @@ def run(
     share(0.3)
     critical, steps = _steps_to(target, params, batch, batch_sizes, num_runs, keys[3])
     alike, alike_claims = _alike(seed)
-    whole = _whole_runs.whole_runs(LOSS, params, batch, whole_sizes, whole_epochs, keys[4], share)
+    whole = _whole_runs.whole_runs(
+        LOSS, params, batch, whole_sizes, whole_epochs, keys[4], lambda done: share(0.4 + 0.6 * done)
+    )
     claims = [
         *(_rate_claim(epochs, batch_sizes, found) for epochs, found in best.items() if epochs),
         _within_factor("critical_batch_size", "critical batch size", critical["predicted"], critical["measured"], 3),
