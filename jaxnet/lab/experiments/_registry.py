@@ -30,7 +30,7 @@ from jaxnet.lab.experiments import (
 )
 from jaxnet.lab.record import Record
 
-# And about how long each takes, in seconds on two cores.
+# In the order of the lectures, with about the seconds that each takes on two cores.
 _MODULES = {
     inference: 1,
     backprop: 2,
