@@ -29,6 +29,7 @@ h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem }
 table { border-collapse: collapse; width: 100%; font-size: .92rem }
 th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 600 }
+@media (max-width: 30rem) { table { font-size: .78rem } th, td { padding-right: .4rem } }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .pass { color: var(--good) } .miss { color: var(--bad); font-weight: 700 }
 figure { margin: 1.2rem 0 } figure svg { width: 100%; height: auto; display: block; background: #fff }
